@@ -1,0 +1,5 @@
+"""Package build; the metadata stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
