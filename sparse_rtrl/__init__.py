@@ -1,8 +1,33 @@
 """Exact online gradients for recurrent networks with slot memory and mixtures of experts."""
 
+from sparse_rtrl.block_rtrl import BlockRTRL, get_expert_latent_activated
+from sparse_rtrl.cells import SlotMoECell, SparseLatentMoECell
+from sparse_rtrl.check import check_cell
+from sparse_rtrl.errors import ContractError, NonFiniteError
+from sparse_rtrl.estimate import Estimate, estimate
 from sparse_rtrl.expert_bank import ExpertBank, expert_linear
+from sparse_rtrl.learner import RTRL, Evaluation
 from sparse_rtrl.slot_cell import Routing, SlotCell
+from sparse_rtrl.tree import CircularTree, Node
 
 __version__ = "0.1.0"
 
-__all__ = ["ExpertBank", "Routing", "SlotCell", "expert_linear"]
+__all__ = [
+    "RTRL",
+    "BlockRTRL",
+    "CircularTree",
+    "ContractError",
+    "Estimate",
+    "Evaluation",
+    "ExpertBank",
+    "Node",
+    "NonFiniteError",
+    "Routing",
+    "SlotCell",
+    "SlotMoECell",
+    "SparseLatentMoECell",
+    "check_cell",
+    "estimate",
+    "expert_linear",
+    "get_expert_latent_activated",
+]

@@ -119,13 +119,16 @@ class SlotCell(nn.Module):
 
         Args:
             x: input of the step, ``(B, ...)``.
-            state: ``(B, S, D)``.
+            state: ``(B, S, D)``; marked as requiring a gradient if it does not yet and gradients are enabled, so that
+                the gradient of a loss with respect to the entry of the step exists.
             routing: indices to use instead of those of :meth:`route`, for replaying a recorded step.
 
         Returns:
             Output, an info dict with ``idx_slots_read (B, kr)``, ``idx_slots_write (B, kw)`` and
             ``idx_experts (B, k)``, and the new state ``(B, S, D)``.
         """
+        if torch.is_grad_enabled() and not state.requires_grad and not torch.compiler.is_compiling():
+            state.requires_grad_()
         if routing is None:
             with torch.no_grad():
                 routing = self.route(x, state)

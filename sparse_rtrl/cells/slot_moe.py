@@ -1,0 +1,217 @@
+"""The gated orthogonal highway cell: attention over read slots, a mixture of experts, a gated write to a few slots."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from sparse_rtrl.expert_bank import ExpertBank
+from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots
+
+
+def check_sizes(
+    *,
+    input_size: int,
+    num_slots: int,
+    num_experts: int,
+    top_k: int,
+    read_slots: int,
+    write_slots: int,
+    output_size: int,
+) -> None:
+    """Raise ``ValueError`` unless the sizes of a slot mixture-of-experts cell fit together."""
+    for name, value, most, bound in (
+        ("input_size", input_size, None, None),
+        ("output_size", output_size, None, None),
+        ("num_experts", num_experts, None, None),
+        ("top_k", top_k, num_experts, "num_experts"),
+        ("read_slots", read_slots, num_slots, "num_slots"),
+        ("write_slots", write_slots, num_slots, "num_slots"),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+        if most is not None and value > most:
+            raise ValueError(f"{name} must be at most {bound}={most}, got {value}")
+
+
+class OutputAttention(nn.Module):
+    """Output of a step: one query from the input attends to the slots the step touched, with values of output size.
+
+    ``output = softmax(q(x) · k(s) / √D) v(s) + skip(x)`` over the positions ``s``.
+
+    Args:
+        input_size: size of the input of a step.
+        slot_size: numbers per slot ``D``.
+        output_size: size of the output.
+    """
+
+    def __init__(self, input_size: int, slot_size: int, output_size: int) -> None:
+        super().__init__()
+        self.sizes = (slot_size, output_size)
+        self.query_skip = nn.Linear(input_size, slot_size + output_size)
+        self.key_value = nn.Linear(slot_size, slot_size + output_size, bias=False)
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        """Attend to the slots.
+
+        Args:
+            x: input of the step, ``(B, input_size)``.
+            slots: content of the old read slots and the new written slots, ``(B, kr + kw, D)``.
+
+        Returns:
+            ``(B, output_size)``.
+        """
+        query, skip = self.query_skip(x).split(self.sizes, dim=-1)
+        key, value = self.key_value(slots).split(self.sizes, dim=-1)
+        scores = torch.matmul(key, query.unsqueeze(-1)) / math.sqrt(self.sizes[0])  # (B, kr + kw, 1)
+        return torch.matmul(scores.softmax(1).transpose(1, 2), value).squeeze(1) + skip
+
+
+class SlotMoECell(SlotCell):
+    r"""Gated orthogonal highway cell with slot memory and a sparse mixture of experts.
+
+    A slot is seen as its content plus a learned identity, ``s_i = h_i + table_i``, so that slots differ before anything
+    was written. With ``(q, u)`` a linear map of the input and ``(k_i, v_i)`` one of ``s_i``, per attention head
+
+    .. math::
+        c &= \sum_{i \in read} \sigma(q \cdot k_i / \sqrt{d}) \, v_i, \qquad z = u + c, \\
+        (r, a, b) &= \mathrm{control}(z), \qquad m = \sum_{e \in experts} \sigma(r_e) \tanh(W_e z + w_e), \\
+        g_i &= \sigma(a + b \cdot s_i / \sqrt{D}), \qquad \tilde h_i = \tanh(Q s_i + m), \qquad Q^\top Q = I, \\
+        h_i &\leftarrow (1 - g_i) \odot h_i + g_i \odot \tilde h_i \qquad \text{for } i \in write.
+
+    Read are the slots with the largest scores ``q · k_i``, summed over the heads; written those with the largest
+    importance ``b · s_i``; active the experts with the largest ``r_e``. Each score is also the soft weight of what it
+    selects, so selection trains. Sigmoid weights, unlike a softmax, train also when only one item is selected.
+
+    Args:
+        input_size: size of the input of a step.
+        slot_size: numbers per slot ``D``.
+        num_slots: number of slots ``S``.
+        num_experts: number of experts ``E``.
+        top_k: experts active in a step.
+        read_slots: slots read in a step.
+        write_slots: slots written in a step.
+        output_size: size of the output.
+        num_heads: attention heads; must divide ``slot_size``.
+        gate_bias: initial bias of the write gates; the more negative, the longer an untrained cell remembers.
+
+    Raises:
+        ValueError: if the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        slot_size: int,
+        num_slots: int,
+        num_experts: int,
+        top_k: int,
+        read_slots: int,
+        write_slots: int,
+        output_size: int,
+        num_heads: int = 4,
+        gate_bias: float = -2.0,
+    ) -> None:
+        super().__init__(num_slots, slot_size, num_experts)
+        check_sizes(
+            input_size=input_size,
+            num_slots=num_slots,
+            num_experts=num_experts,
+            top_k=top_k,
+            read_slots=read_slots,
+            write_slots=write_slots,
+            output_size=output_size,
+        )
+        if num_heads < 1 or slot_size % num_heads:
+            raise ValueError(f"num_heads must divide slot_size={slot_size}, got {num_heads}")
+        self.input_size = input_size
+        self.output_size = output_size
+        self.top_k = top_k
+        self.read_slots = read_slots
+        self.write_slots = write_slots
+        self.num_heads = num_heads
+
+        self.slot_table = nn.Parameter(torch.randn(num_slots, slot_size))
+        self.query_token = nn.Linear(input_size, 2 * slot_size)
+        self.key_value = nn.Linear(slot_size, 2 * slot_size, bias=False)
+        self.control = nn.Linear(slot_size, num_experts + 2 * slot_size)
+        self.experts = ExpertBank(num_experts, slot_size, slot_size)
+        self.core = parametrizations.orthogonal(nn.Linear(slot_size, slot_size, bias=False), orthogonal_map="cayley")
+        self.readout = OutputAttention(input_size, slot_size, output_size)
+        with torch.no_grad():
+            self.control.bias[num_experts : num_experts + slot_size] = gate_bias
+
+    def extra_repr(self) -> str:
+        """Sizes of the cell, for ``print``."""
+        return (
+            f"num_slots={self.num_slots}, slot_size={self.slot_size}, top_k={self.top_k}, "
+            f"read_slots={self.read_slots}, write_slots={self.write_slots}, num_heads={self.num_heads}"
+        )
+
+    def _heads(self, vectors: Tensor) -> Tensor:
+        return vectors.unflatten(-1, (self.num_heads, -1))
+
+    def _control(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Expert logits ``(B, E)``, gate pre-activation ``(B, D)`` and write query ``(B, D)``."""
+        return self.control(mixed).split((self.num_experts, self.slot_size, self.slot_size), dim=-1)
+
+    def route(self, x: Tensor, state: Tensor) -> Routing:
+        """Choose slots by attention score and importance, and experts by router logit; see the class docstring.
+
+        Args:
+            x: input of the step, ``(B, input_size)``.
+            state: ``(B, S, D)``.
+
+        Returns:
+            Indices of the step.
+        """
+        slots = state + self.slot_table
+        query, token = self.query_token(x).chunk(2, dim=-1)
+        key, value = self.key_value(slots).chunk(2, dim=-1)
+        scores = (self._heads(key) * self._heads(query).unsqueeze(1)).sum(-1)  # (B, S, heads)
+        read = scores.sum(-1).topk(self.read_slots, dim=1).indices
+        weights = torch.sigmoid(gather_slots(scores, read) / math.sqrt(self.slot_size // self.num_heads))
+        context = (weights.unsqueeze(-1) * self._heads(gather_slots(value, read))).sum(1).flatten(1)
+        logits, _, write_query = self._control(token + context)
+        importance = torch.matmul(slots, write_query.unsqueeze(-1)).squeeze(-1)  # (B, S)
+        return Routing(
+            read,
+            importance.topk(self.write_slots, dim=1).indices,
+            logits.topk(self.top_k, dim=1).indices,
+        )
+
+    def update(self, x: Tensor, h_read: Tensor, h_write: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """New content of the written slots, and the output; see the class docstring.
+
+        Args:
+            x: input of the step, ``(B, input_size)``.
+            h_read: old content of the read slots, ``(B, kr, D)``.
+            h_write: old content of the written slots, ``(B, kw, D)``.
+            routing: what :meth:`route` declared.
+
+        Returns:
+            New content of the written slots ``(B, kw, D)`` and the output ``(B, output_size)``.
+        """
+        identity = F.embedding(routing.support, self.slot_table)  # (B, kr + kw, D)
+        slots = torch.cat((h_read, h_write), dim=1) + identity
+        slots_read, slots_write = slots.split((self.read_slots, self.write_slots), dim=1)
+
+        query, token = self.query_token(x).chunk(2, dim=-1)
+        key, value = self.key_value(slots_read).chunk(2, dim=-1)
+        scores = (self._heads(key) * self._heads(query).unsqueeze(1)).sum(-1, keepdim=True)  # (B, kr, heads, 1)
+        weights = torch.sigmoid(scores / math.sqrt(self.slot_size // self.num_heads))
+        mixed = token + (weights * self._heads(value)).sum(1).flatten(1)  # (B, D)
+
+        logits, gate, write_query = self._control(mixed)
+        outputs = torch.tanh(self.experts(mixed.unsqueeze(1).expand(-1, self.top_k, -1), routing.experts))
+        expert_weights = torch.sigmoid(logits.gather(1, routing.experts))
+        mixture = torch.matmul(expert_weights.unsqueeze(1), outputs)  # (B, 1, D)
+
+        importance = torch.matmul(slots_write, write_query.unsqueeze(-1)) / math.sqrt(self.slot_size)  # (B, kw, 1)
+        candidate = torch.tanh(self.core(slots_write) + mixture)
+        h_write_new = torch.lerp(h_write, candidate, torch.sigmoid(gate.unsqueeze(1) + importance))
+        return h_write_new, self.readout(x, torch.cat((h_read, h_write_new), dim=1) + identity)

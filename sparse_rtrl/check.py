@@ -1,0 +1,127 @@
+"""Verification of a cell's support contract against its dense Jacobians."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from sparse_rtrl.errors import ContractError
+from sparse_rtrl.expert_bank import ExpertBank
+from sparse_rtrl.reference import slot_entries
+from sparse_rtrl.slot_cell import Routing, SlotCell
+
+
+def check_cell(cell: SlotCell, x: Tensor, h: Tensor) -> None:
+    """Check one step of a cell against its dense Jacobians, in float64 on a copy.
+
+    Checked are: the written slots and the output depend only on declared slots; other slots are copied bit for bit;
+    experts that are not active have no influence; parameters under ``readout`` do not reach the state; every parameter
+    receives some gradient; rows of the batch do not influence each other.
+
+    Args:
+        cell: the cell.
+        x: an input ``(B, ...)``; more rows find more.
+        h: a state ``(B, S, D)``, best with random content: at a state of zeros little can be seen.
+
+    Raises:
+        ContractError: naming every violation.
+    """
+    cell = copy.deepcopy(cell).double()
+    x = x.detach().double() if x.is_floating_point() else x
+    h = h.detach().double().requires_grad_()
+    batch = h.shape[0]
+    if tuple(h.shape[1:]) != (cell.num_slots, cell.slot_size):
+        raise ValueError(f"h must have shape (B, {cell.num_slots}, {cell.slot_size}), got {tuple(h.shape)}")
+    with torch.enable_grad():
+        output, info, new = cell(x, h)
+    routing = Routing(info["idx_slots_read"], info["idx_slots_write"], info["idx_experts"])
+    violations = _index_violations(routing, cell)
+    if not violations:
+        violations = _state_violations(routing, h, new, output, cell)
+        violations += _parameter_violations(routing, new, output, cell, batch)
+    if violations:
+        raise ContractError(violations)
+
+
+def _index_violations(routing: Routing, cell: SlotCell) -> list[str]:
+    out = []
+    for name, index, size in (
+        ("read", routing.read, cell.num_slots),
+        ("write", routing.write, cell.num_slots),
+        ("experts", routing.experts, cell.num_experts),
+    ):
+        for stream, row in enumerate(index.tolist()):
+            if len(set(row)) != len(row):
+                out.append(f"{name}: duplicates {row} in stream {stream}")
+            if any(not 0 <= i < size for i in row):
+                out.append(f"{name}: {row} in stream {stream} is out of range 0 ... {size - 1}")
+    return out
+
+
+def _jacobian(value: Tensor, h: Tensor) -> Tensor:
+    """Dense Jacobian ``(B, n, B, H)`` of ``value (B, ...)`` with respect to the state, one backward per entry."""
+    flat = value.reshape(h.shape[0], -1)
+    rows = []
+    for entry in flat.flatten():
+        grad = torch.autograd.grad(entry, h, retain_graph=True, allow_unused=True)[0] if entry.requires_grad else None
+        rows.append(torch.zeros_like(h) if grad is None else grad)
+    return torch.stack(rows).view(*flat.shape, h.shape[0], -1)
+
+
+def _state_violations(routing: Routing, h: Tensor, new: Tensor, output: Tensor, cell: SlotCell) -> list[str]:
+    out = []
+    support_entries = slot_entries(routing.support, cell.slot_size)
+    for name, value in (("new state", new), ("output", output)):
+        if not value.is_floating_point():
+            continue
+        jacobian = _jacobian(value, h)
+        for stream in range(h.shape[0]):
+            per_row = jacobian[stream].abs().amax(0)  # (B, H)
+            others = [b for b in range(h.shape[0]) if b != stream and bool(per_row[b].any())]
+            if others:
+                out.append(f"rows of the batch influence each other: {name} of stream {stream} depends on {others}")
+            own = jacobian[stream, :, stream]
+            if name == "new state":
+                written = slot_entries(routing.write[stream : stream + 1], cell.slot_size)[0]
+                own = own[written]
+            own = own.abs().sum(0).index_fill(0, support_entries[stream], 0.0)
+            if bool(own.any()):
+                slots = sorted({int(c) // cell.slot_size for c in own.nonzero().flatten()})
+                what = "written slots" if name == "new state" else name
+                out.append(f"undeclared columns: {what} of stream {stream} depend on slots {slots}")
+    for stream in range(h.shape[0]):
+        kept = [s for s in range(cell.num_slots) if s not in routing.write[stream].tolist()]
+        changed = [s for s in kept if not torch.equal(new[stream, s], h[stream, s])]
+        if changed:
+            out.append(f"copied slots {changed} of stream {stream} changed")
+    return out
+
+
+def _parameter_violations(routing: Routing, new: Tensor, output: Tensor, cell: SlotCell, batch: int) -> list[str]:
+    out = []
+    named = [(n, p) for n, p in cell.named_parameters() if p.requires_grad]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def gradients(value: Tensor) -> list[Tensor]:
+        if not value.requires_grad:
+            return [torch.zeros_like(p) for _, p in named]
+        cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        grads = torch.autograd.grad(value, [p for _, p in named], cotangent, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(grads, named, strict=True)]
+
+    of_state, of_output = gradients(new), gradients(output)
+    in_banks = {id(p) for m in cell.modules() if isinstance(m, ExpertBank) for p in m.parameters()}
+    for (name, parameter), state_grad, output_grad in zip(named, of_state, of_output, strict=True):
+        if name.startswith("readout.") and bool(state_grad.any()):
+            out.append(f"readout parameter {name} reaches the state")
+        if id(parameter) in in_banks:
+            idle = [e for e in range(cell.num_experts) if not bool((routing.experts == e).any())]
+            both = (state_grad.abs() + output_grad.abs()).flatten(1).sum(1)
+            wrong = [e for e in idle if bool(both[e])]
+            if wrong:
+                out.append(f"inactive experts {wrong} have influence through {name}")
+        if not bool(state_grad.any()) and not bool(output_grad.any()):
+            out.append(f"no gradient reaches parameter {name}")
+    return out

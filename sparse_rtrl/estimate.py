@@ -1,0 +1,180 @@
+"""What exact influence costs for a given cell: memory, operations, and when BPTT needs more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.slot_cell import Routing, SlotCell
+
+MAX_COMMIT_EVERY = 64
+"""Longest window that ``commit_every="auto"`` chooses: captured steps cost memory and a pass per loss."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of exact online learning for one cell and batch size.
+
+    Attributes:
+        batch_size: streams ``B``.
+        hidden_size: state size ``H``.
+        core_parameters: recurrent parameters that are always active.
+        expert_parameters: recurrent parameters of one expert.
+        num_experts: ``E``.
+        influence_bytes: ``itemsize * B * (H + 1) * |θ_recurrent|``, constant in the length of the stream.
+        tree_bytes: upper bound on the circular tree of state Jacobians.
+        bptt_bytes_per_step: bytes that one step of BPTT saves for its backward pass, measured on one step.
+        break_even_length: length from which BPTT needs more memory than the influence.
+        step_flops: ``2 w (r + 1) N`` floating-point operations of a step-wise update of the active parameters, per batch.
+        commit_every: suggested steps between two influence updates.
+    """
+
+    batch_size: int
+    hidden_size: int
+    core_parameters: int
+    expert_parameters: int
+    num_experts: int
+    influence_bytes: int
+    tree_bytes: int
+    bptt_bytes_per_step: int
+    break_even_length: float
+    step_flops: float
+    commit_every: int
+
+    @property
+    def recurrent_parameters(self) -> int:
+        """``|θ_recurrent|``, all experts included."""
+        return self.core_parameters + self.num_experts * self.expert_parameters
+
+    def __str__(self) -> str:
+        return (
+            f"influence: itemsize * B * (H + 1) * |θ| with B = {self.batch_size}, H = {self.hidden_size},"
+            f" |θ| = {self.recurrent_parameters}: {_mib(self.influence_bytes)}, at any length\n"
+            f"tree of Jacobians: at most {_mib(self.tree_bytes)}\n"
+            f"BPTT: {self.bptt_bytes_per_step} bytes per step; more than the influence from length"
+            f" {self.break_even_length:.0f}\n"
+            f"step-wise update: 2 w (r + 1) N B = {self.step_flops:.3g} flop per step;"
+            f" suggested commit_every = {self.commit_every}"
+        )
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: int = 64) -> Estimate:
+    """Work out the costs of :class:`~sparse_rtrl.RTRL` for a cell before anything is allocated.
+
+    Args:
+        cell: the cell.
+        batch_size: streams ``B``.
+        x: an input of one step ``(B, ...)``; by default zeros ``(B, cell.input_size)``.
+        buffer: segments kept in the circular tree.
+
+    Raises:
+        ValueError: if ``x`` is not given and the cell has no ``input_size``.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    groups = ParameterGroups(cell)
+    reference = next(cell.parameters())
+    if x is None:
+        size = getattr(cell, "input_size", None)
+        if not isinstance(size, int):
+            raise ValueError(
+                f"x must be given: {type(cell).__name__} has no input_size to build an example input (B, input_size) from"
+            )
+        x = reference.new_zeros(batch_size, size)
+    with torch.no_grad():
+        routing = cell.route(x, cell.initial_state(batch_size))
+    saved_bytes = _saved_bytes(cell, x, batch_size)
+    item = reference.element_size()
+    hidden = cell.hidden_size
+    influence_bytes = item * batch_size * (hidden + 1) * groups.count
+    kw, ks = routing.write.shape[1], routing.support.shape[1]
+    w, r = kw * cell.slot_size, ks * cell.slot_size
+    active = groups.core_columns + routing.experts.shape[1] * groups.expert_columns
+    return Estimate(
+        batch_size=batch_size,
+        hidden_size=hidden,
+        core_parameters=groups.core_columns,
+        expert_parameters=groups.expert_columns,
+        num_experts=groups.num_experts,
+        influence_bytes=influence_bytes,
+        tree_bytes=tree_bytes(cell, batch_size, routing, buffer, item),
+        bptt_bytes_per_step=saved_bytes,
+        break_even_length=influence_bytes / max(saved_bytes, 1),
+        step_flops=2.0 * w * (r + 1) * active * batch_size,
+        commit_every=choose_commit_every(cell, groups, routing),
+    )
+
+
+def tree_bytes(cell: SlotCell, batch_size: int, routing: Routing, buffer: int, item: int) -> int:
+    """Bytes of a full circular tree, ``min(S, 2^level k)`` blocks a side at each level."""
+    total = 0
+    for level in range(buffer.bit_length()):
+        rows = min(cell.num_slots, routing.write.shape[1] << level)
+        cols = min(cell.num_slots, routing.support.shape[1] << level)
+        total += (buffer >> level) * rows * cols
+    return total * item * batch_size * cell.slot_size**2
+
+
+def choose_commit_every(cell: SlotCell, groups: ParameterGroups, routing: Routing) -> int:
+    """Steps per influence update with the fewest multiply-adds per step.
+
+    Step-wise an update costs ``w (r + 1)`` per active parameter. A window of ``n`` steps costs
+    ``(min(H, n w) min(H, n r) + min(H, n w) n) / n`` per parameter that is active in any of its steps, which for
+    experts is a share ``1 - (1 - k / E)^n`` of them; the loss row costs ``H`` either way (Schmidhuber 1992: ``n`` near
+    ``H`` turns ``O(H^2)`` per parameter into ``O(H)``).
+    """
+    hidden, slot_size = cell.hidden_size, cell.slot_size
+    w, r = routing.write.shape[1] * slot_size, routing.support.shape[1] * slot_size
+    share = routing.experts.shape[1] / groups.num_experts if groups.num_experts else 0.0
+
+    def cost(n: int) -> float:
+        rows, cols = min(hidden, n * w), min(hidden, n * r)
+        awake = groups.num_experts * (1.0 - (1.0 - share) ** n) * groups.expert_columns
+        return (groups.core_columns + awake) * (rows * cols / n + rows)
+
+    return min((1 << power for power in range(MAX_COMMIT_EVERY.bit_length())), key=cost)
+
+
+def check_memory(groups: ParameterGroups, hidden_size: int, batch_size: int, like: Tensor) -> None:
+    """Refuse influence that cannot fit into the memory of a device.
+
+    Raises:
+        MemoryError: with the numbers.
+    """
+    needed = like.element_size() * batch_size * (hidden_size + 1) * groups.count
+    if like.is_cuda:
+        available = torch.cuda.mem_get_info(like.device)[0]
+    else:
+        available = psutil.virtual_memory().available
+    if needed > available:
+        raise MemoryError(
+            f"the influence needs {_mib(needed)}: itemsize {like.element_size()} * batch_size {batch_size} *"
+            f" (hidden_size {hidden_size} + 1) * {groups.count} recurrent parameters; {_mib(available)} are available on"
+            f" {like.device}. Use fewer streams, a smaller state, or fewer experts"
+        )
+
+
+def _saved_bytes(cell: nn.Module, x: Tensor, batch_size: int) -> int:
+    """Bytes of activations that one forward step keeps for its backward pass, parameters left out."""
+    parameters = {p.data_ptr() for p in cell.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        kept.append(tensor)  # keeps addresses distinct while counting
+        return tensor
+
+    kept: list[Tensor] = []
+    state = cell.initial_state(batch_size).requires_grad_()  # type: ignore[operator]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        cell(x, state)
+    return sum(sizes.values())

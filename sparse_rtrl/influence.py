@@ -1,0 +1,370 @@
+"""Influence matrices of every stream: storage, commits, sleeping experts and the gradients they are owed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sparse_rtrl import ops
+from sparse_rtrl.errors import NonFiniteError
+from sparse_rtrl.jacobian import StepJacobian, direct_gradient
+from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.reference import slot_entries
+from sparse_rtrl.segment import compose
+from sparse_rtrl.tree import CircularTree, Node, leaf
+
+CatchUp = Literal["auto", "eager", "replay", "product"]
+
+
+class Influence:
+    """The influence of every recurrent parameter on the state of every stream.
+
+    Steps are *captured* into a window (:meth:`record`) and later *committed* as one segment (:meth:`commit`). Losses of
+    the window go backwards through its captured steps and end in the product with the influence at its entry
+    (:meth:`loss_gradient`). An expert that no step of the window uses stays as it was at its ``last_update``: its
+    matrix is brought up to date when it is used again or when the Jacobians it needs are about to leave the tree, and
+    :meth:`flush` pays the gradient it is owed meanwhile.
+
+    Args:
+        groups: the recurrent parameters.
+        batch_size: streams ``B``.
+        num_slots: ``S``.
+        slot_size: ``D``.
+        buffer: segments kept for sleeping experts.
+        catch_up: ``"eager"`` moves every expert at every commit; ``"replay"`` applies the missed segments one by one;
+            ``"product"`` applies their merged product once; ``"auto"`` takes the one of the last two that needs fewer
+            multiplications.
+        dtype: of the influence.
+        device: where it is kept.
+    """
+
+    def __init__(
+        self,
+        groups: ParameterGroups,
+        batch_size: int,
+        num_slots: int,
+        slot_size: int,
+        buffer: int,
+        catch_up: CatchUp,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if catch_up not in get_args(CatchUp):
+            raise ValueError(f"catch_up must be one of {get_args(CatchUp)}, got {catch_up!r}")
+        if buffer < 1:
+            raise ValueError(f"buffer must be at least 1, got {buffer}")
+        self.groups = groups
+        self.batch_size = batch_size
+        self.num_slots = num_slots
+        self.slot_size = slot_size
+        self.catch_up = catch_up
+        hidden, experts = num_slots * slot_size, groups.num_experts
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.core = torch.zeros(batch_size, hidden + 1, groups.core_columns, **options)
+        self.experts = torch.zeros(batch_size * experts, hidden + 1, groups.expert_columns, **options)
+        self.last_update = torch.zeros(batch_size, experts, dtype=torch.int64, device=device)
+        self.influenced = torch.zeros(batch_size, experts, dtype=torch.bool, device=device)
+        self.awake = torch.full((batch_size, experts), catch_up == "eager", device=device)
+        """Experts whose matrix is that of the entry of the current window."""
+        self.handed_out = torch.zeros(batch_size, experts, hidden, **options)
+        """Part of a sleeping expert's loss row vector that :meth:`flush` has paid already."""
+        self.window: list[StepJacobian] = []
+        self.window_loss_row = torch.zeros(batch_size, hidden, **options)
+        """``dL/dh`` at the entry of the current window, of the losses of its steps so far."""
+        self.commits = 0
+        self.events: Counter[str] = Counter()
+        """How often things happened: wakes, expiries, replays, products, payments."""
+        self.tree: CircularTree | None = None
+        if catch_up != "eager" and experts:
+            levels = 0 if catch_up == "replay" else None
+            self.tree = CircularTree(buffer, batch_size, num_slots, slot_size, dtype, device, levels=levels)
+
+    def record(self, steps: list[StepJacobian]) -> None:
+        """Add captured steps to the current window and wake the experts they use."""
+        for step in steps:
+            self.window.append(step)
+            if self.tree is None:
+                continue
+            used = torch.zeros_like(self.awake).scatter_(1, step.routing.experts, True)
+            woken = used & ~self.awake
+            self.awake |= used
+            pairs = (woken & self.influenced).nonzero()
+            if len(pairs):
+                self.events["wakes"] += int((self.last_update[tuple(pairs.T)] < self.commits).sum())
+                self._catch_up(pairs)
+
+    def loss_gradient(self, position: int, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of a loss through the window and the whole past before it, for core and awake experts.
+
+        Args:
+            position: number of steps of the window before the one whose entry state ``u`` belongs to.
+            u: ``dL/dh`` at that state, ``(B, H)``.
+
+        Returns:
+            Core ``(N_core,)`` and experts ``(E, N_expert)``, summed over the streams.
+
+        Raises:
+            NonFiniteError: if ``u`` holds NaN or infinity.
+        """
+        if not torch.isfinite(u).all():
+            bad = (~torch.isfinite(u).all(1)).nonzero().flatten().tolist()
+            raise NonFiniteError(position, bad, "the gradient of the loss")
+        core = u.new_zeros(self.groups.core_columns)
+        experts = u.new_zeros(self.groups.num_experts, self.groups.expert_columns)
+        v = u
+        for step in reversed(self.window[:position]):
+            rows = slot_entries(step.routing.write, self.slot_size)
+            written = v.gather(1, rows)
+            for total, part in zip((core, experts), direct_gradient(step, written, self.groups), strict=True):
+                total += part
+            gain = torch.bmm(written.unsqueeze(1), step.Jh).squeeze(1)
+            support = slot_entries(step.routing.support, self.slot_size)
+            v = v.scatter(1, rows, 0.0).scatter_add_(1, support, gain)
+        self.window_loss_row += v
+        every = torch.arange(self.batch_size, device=v.device)
+        ops.loss_row_(self.core, v, every)
+        awake = self.awake.nonzero()
+        ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
+        core_row, expert_row = self._take_loss_rows(self.awake)
+        return core + core_row, experts + expert_row
+
+    def flush(self) -> tuple[Tensor, Tensor]:
+        """Pay what sleeping experts are owed and hand out every loss row.
+
+        Returns:
+            Core ``(N_core,)`` and experts ``(E, N_expert)``, summed over the streams.
+        """
+        self._pay(self.influenced & ~self.awake)
+        return self._take_loss_rows(torch.ones_like(self.awake))
+
+    def discard(self) -> None:
+        """Drop every gradient that is owed."""
+        sleeping = self.influenced & ~self.awake
+        if bool(sleeping.any()):
+            self.handed_out = torch.where(sleeping.unsqueeze(-1), self._owed_rows(sleeping), self.handed_out)
+        self.core[:, -1] = 0
+        self.experts[:, -1] = 0
+
+    def commit(self) -> None:
+        """Move the influence through the steps of the window, and append them to the tree as one segment."""
+        if not self.window:
+            return
+        segment = compose(self.window, self.groups, self.num_slots, self.slot_size)
+        if self.tree is not None:
+            oldest_kept = self.commits + 1 - self.tree.capacity
+            expiring = (self.influenced & ~self.awake & (self.last_update < oldest_kept)).nonzero()
+            if len(expiring):
+                self.events["expiries"] += len(expiring)
+                self._catch_up(expiring)
+        for P, factors in ((self.core, segment.core), (self.experts, segment.expert)):
+            ops.influence_update_(
+                P,
+                segment.Jh,
+                segment.write,
+                segment.support,
+                None,
+                factors.streams,
+                factors.groups,
+                factors.deltas,
+                factors.zs,
+                factors.offsets,
+            )
+        if self.tree is None:
+            idle = self.awake.flatten().index_fill(0, segment.expert.groups, False).view_as(self.awake).nonzero()
+            self._apply(segment.Jh, segment.write, segment.support, None, idle)
+        else:
+            self.tree.append_node(self._segment_node(segment.Jh, segment.write, segment.support))
+            self.influenced |= self.awake
+            current = self.awake | ~self.influenced
+            self.last_update[current] = self.commits + 1
+            self.handed_out[current] = 0
+            self.awake.zero_()
+        self.commits += 1
+        self.window = []
+        self.window_loss_row.zero_()
+
+    def reset(self, streams: Tensor) -> None:
+        """Start some streams anew: pay what their sleepers are owed, then clear their influence.
+
+        Args:
+            streams: boolean mask ``(B,)``.
+        """
+        self.commit()
+        self._pay(self.influenced & ~self.awake & streams.unsqueeze(1))
+        self.core[streams, :-1] = 0
+        self.experts.view(self.batch_size, self.groups.num_experts, *self.experts.shape[1:])[streams, :, :-1] = 0
+        self.influenced[streams] = False
+        self.handed_out[streams] = 0
+        self.last_update[streams] = self.commits
+        if self.tree is not None:
+            self.tree.reset(streams)
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Influence ``dh/dθ`` of every parameter now, ``(B, H, *shape)``; commits and wakes every sleeper first."""
+        self.commit()
+        self._catch_up((self.influenced & ~self.awake).nonzero())
+        experts = self.experts.view(self.batch_size, self.groups.num_experts, *self.experts.shape[1:])
+        out = {p.name: _shaped(self.core[:, :-1, p.columns], p.shape) for p in self.groups.core}
+        for p in self.groups.expert:
+            out[p.name] = _shaped(experts[:, :, :-1, p.columns].transpose(1, 2), p.shape)
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Commit, then everything needed to resume bit for bit."""
+        self.commit()
+        return {
+            **{name: getattr(self, name).clone() for name in _TENSORS},
+            "commits": self.commits,
+            "events": dict(self.events),
+            "tree": None if self.tree is None else self.tree.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it came from other shapes or another way to catch up; nothing is changed then.
+        """
+        for name in _TENSORS:
+            expected, got = getattr(self, name), state[name]
+            if expected.shape != got.shape or expected.dtype != got.dtype:
+                raise ValueError(
+                    f"{name} must be {expected.dtype} of shape {tuple(expected.shape)},"
+                    f" got {got.dtype} {tuple(got.shape)}: the state is of another cell, batch size or dtype"
+                )
+        if (self.tree is None) != (state["tree"] is None):
+            raise ValueError("the state was saved with catch_up='eager' on one side only; use the same catch_up")
+        if self.tree is not None:
+            self.tree.load_state_dict(state["tree"])
+        for name in _TENSORS:
+            getattr(self, name).copy_(state[name])
+        self.commits = state["commits"]
+        self.events = Counter(state["events"])
+        self.window = []
+
+    def adopt(self, other: Influence) -> None:
+        """Take over the influence of an object for the same cell with fewer parameters; new columns stay zero."""
+        other.commit()
+        mine, theirs = ({p.name: p for p in groups.all} for groups in (self.groups, other.groups))
+        for name, p in theirs.items():
+            source = other.experts if p.expert else other.core
+            target = self.experts if p.expert else self.core
+            target[..., mine[name].columns] = source[..., p.columns]
+        if other.groups.num_experts == self.groups.num_experts:
+            for name in ("last_update", "influenced", "awake", "handed_out"):
+                getattr(self, name).copy_(getattr(other, name))
+        else:
+            self.last_update.fill_(other.commits)
+        self.window_loss_row.copy_(other.window_loss_row)
+        self.commits, self.events = other.commits, other.events
+        if other.tree is not None:
+            self.tree = other.tree
+        elif self.tree is not None:
+            self.tree.begin_at(other.commits)
+
+    def _rows(self, pairs: Tensor) -> Tensor:
+        """Rows of ``experts`` that belong to (stream, expert) pairs ``(M, 2)``."""
+        return pairs[:, 0] * self.groups.num_experts + pairs[:, 1]
+
+    def _apply(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None, pairs: Tensor) -> None:
+        """Move the matrices of some (stream, expert) pairs through a map without immediate Jacobian."""
+        ops.influence_update_(
+            self.experts, Jh, write, support, loss_row, pairs[:, 0].contiguous(), self._rows(pairs), [], [], []
+        )
+
+    def _catch_up(self, pairs: Tensor) -> None:
+        """Bring sleeping (stream, expert) pairs ``(M, 2)`` to the entry of the current window, owed gradient included.
+
+        The gradient owed is ``(u_total - u_handed_out) P``, with ``u_total`` the loss row of everything since their
+        last update and of the window. Afterwards the window's own part counts as handed out.
+        """
+        if self.tree is None or not len(pairs):
+            return
+        streams, experts = pairs.T
+        rows = self._rows(pairs)
+        handed_out = self.handed_out[streams, experts]
+        if bool(handed_out.any()):
+            ops.loss_row_(self.experts, -handed_out, rows)
+        starts = self.last_update[streams, experts]
+        if self._product_is_cheaper(self.commits - starts):
+            for start in starts.unique().tolist():
+                if start < self.commits:
+                    self._apply_node(self.tree.product(start), pairs[starts == start])
+                    self.events["products"] += 1
+        else:
+            for index, node in self.tree.segments(int(starts.min())):
+                self._apply_node(node, pairs[starts <= index])
+                self.events["replays"] += 1
+        window_loss_row = self.window_loss_row.index_select(0, streams)
+        if bool(window_loss_row.any()):
+            ops.loss_row_(self.experts, window_loss_row, rows)
+        self.handed_out[streams, experts] = window_loss_row
+        self.last_update[streams, experts] = self.commits
+
+    def _apply_node(self, node: Node, pairs: Tensor) -> None:
+        self._apply(node.blocks, node.rows, node.cols, node.loss_row, pairs)
+
+    def _product_is_cheaper(self, gaps: Tensor) -> bool:
+        """Whether merged products need fewer multiplications than replaying every missed segment."""
+        if self.catch_up != "auto" or self.tree is None:
+            return self.catch_up == "product"
+        longest = int(gaps.max())
+        if longest < 2:
+            return False
+        newest = next(self.tree.segments(self.commits - 1))[1]
+        kw, ks = newest.rows.shape[1], newest.cols.shape[1]
+        product = min(self.num_slots, longest * kw) * min(self.num_slots, longest * ks)
+        return product < float(gaps.double().mean()) * kw * ks
+
+    def _owed_rows(self, pairs: Tensor) -> Tensor:
+        """Loss row vectors since the last update of sleeping pairs, ``(B, E, H)``; ``pairs (B, E)`` bool."""
+        assert self.tree is not None
+        starts = torch.where(pairs, self.last_update, self.commits)
+        return self.tree.loss_rows(starts, self.window_loss_row)
+
+    def _pay(self, sleeping: Tensor) -> None:
+        """Add to the loss rows of sleeping pairs what they are owed; ``sleeping (B, E)`` bool."""
+        pairs = sleeping.nonzero()
+        if not len(pairs) or self.tree is None:
+            return
+        streams, experts = pairs.T
+        total = self._owed_rows(sleeping)[streams, experts]
+        owed = total - self.handed_out[streams, experts]
+        if bool(owed.any()):
+            self.events["payments"] += int(owed.any(1).sum())
+            ops.loss_row_(self.experts, owed, self._rows(pairs))
+            self.handed_out[streams, experts] = total
+
+    def _take_loss_rows(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over the streams, and zero, the loss rows of the core and of the pairs in ``experts (B, E)`` bool."""
+        core = self.core[:, -1].sum(0)
+        self.core[:, -1] = 0
+        rows = self.experts[:, -1].view(self.batch_size, self.groups.num_experts, -1)
+        taken = (rows * experts.unsqueeze(-1)).sum(0)
+        rows.masked_fill_(experts.unsqueeze(-1), 0.0)
+        return core, taken
+
+    def _segment_node(self, Jh: Tensor, write: Tensor, support: Tensor) -> Node:
+        """The tree's leaf of the current window, with its loss row."""
+        node = leaf(Jh, write, support, None, self.num_slots, self.slot_size)
+        outside = self.window_loss_row.scatter(1, slot_entries(support, self.slot_size), 0.0)
+        if bool(outside.any()):  # a loss on copied slots of the new state: the leaf covers every slot
+            every = torch.arange(self.num_slots, device=write.device).expand(self.batch_size, -1)
+            node = node.embed(node.rows, every)
+        entries = slot_entries(node.cols, self.slot_size)
+        first = torch.ones_like(node.cols, dtype=torch.bool)
+        first[:, 1:] = node.cols[:, 1:] != node.cols[:, :-1]
+        u = self.window_loss_row.gather(1, entries) * first.repeat_interleave(self.slot_size, 1)
+        return replace(node, loss_row=u)
+
+
+def _shaped(columns: Tensor, shape: torch.Size) -> Tensor:
+    """Columns of one parameter ``(..., n)`` in the parameter's own shape."""
+    return columns.reshape(*columns.shape[:-1], *shape)
+
+
+_TENSORS = ("core", "experts", "last_update", "influenced", "awake", "handed_out")

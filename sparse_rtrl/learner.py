@@ -1,0 +1,481 @@
+"""Real-time recurrent learning for slot cells, as a drop-in for the forward call of a training loop."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparse_rtrl.errors import ContractError, NonFiniteError
+from sparse_rtrl.estimate import check_memory, choose_commit_every
+from sparse_rtrl.influence import CatchUp, Influence
+from sparse_rtrl.jacobian import JacobianCapture, StepJacobian
+from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
+
+
+class Engine:
+    """Capture and influence of one cell, shared by :class:`RTRL` and :class:`~sparse_rtrl.BlockRTRL`.
+
+    Args:
+        cell: the cell.
+        batch_size: streams ``B``.
+        buffer: segments kept for sleeping experts.
+        catch_up: how sleeping experts catch up, see :class:`~sparse_rtrl.influence.Influence`.
+
+    Raises:
+        ContractError: if the cell has modules that couple the rows of a batch or draw random numbers.
+        MemoryError: if the influence does not fit, with the numbers.
+    """
+
+    def __init__(self, cell: SlotCell, batch_size: int, buffer: int, catch_up: CatchUp) -> None:
+        if not isinstance(cell, SlotCell):
+            raise TypeError(f"cell must be a SlotCell, got {type(cell).__name__}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        refused = [
+            f"{name or type(module).__name__} ({type(module).__name__}) {why}"
+            for name, module in cell.named_modules()
+            for why in _refusals(module)
+        ]
+        if refused:
+            raise ContractError(refused)
+        self.cell = cell
+        self.batch_size = batch_size
+        self.buffer = buffer
+        self.catch_up = catch_up
+        self.steps = 0
+        self._build()
+
+    def _build(self) -> None:
+        self.groups = ParameterGroups(self.cell)
+        if not self.groups.all:
+            raise ValueError("cell has no trainable recurrent parameter: there is no influence to carry")
+        # Recurrent parameters that are frozen now, watched in case they are unfrozen later.
+        self._frozen = [
+            p for name, p in self.cell.named_parameters() if not p.requires_grad and not name.startswith("readout.")
+        ]
+        with torch.no_grad():
+            tensors = self.tensors()
+        self._expected = [(t.shape, t.dtype, t.device) for t in tensors]
+        like = tensors[0]
+        check_memory(self.groups, self.cell.hidden_size, self.batch_size, like)
+        self.dtype, self.device = like.dtype, like.device
+        self.capture = JacobianCapture(self.cell, self.groups)
+        self.influence = Influence(
+            self.groups,
+            self.batch_size,
+            self.cell.num_slots,
+            self.cell.slot_size,
+            self.buffer,
+            self.catch_up,
+            like.dtype,
+            like.device,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors the cell uses now for its recurrent parameters, in the order of ``groups.all``."""
+        return [p.tensor for p in self.groups.all]
+
+    def checked_tensors(self) -> list[Tensor]:
+        """As :meth:`tensors`, after checking that they are still those the influence was built for.
+
+        Raises:
+            RuntimeError: if a parameter changed its shape, dtype or device.
+        """
+        if any(p.requires_grad for p in self._frozen):
+            self._unfreeze()
+        tensors = self.tensors()
+        for parameter, tensor, expected in zip(self.groups.all, tensors, self._expected, strict=True):
+            now = (tensor.shape, tensor.dtype, tensor.device)
+            if now != expected:
+                raise RuntimeError(
+                    f"parameter {parameter.name} was {_describe(*expected)} when the learner was built and is"
+                    f" {_describe(*now)} now: build a new learner after changing a cell"
+                )
+        return tensors
+
+    def _unfreeze(self) -> None:
+        names = [
+            name for name, p in self.cell.named_parameters() if any(p is f and f.requires_grad for f in self._frozen)
+        ]
+        warnings.warn(f"{', '.join(names)}: trainable from now on; its influence starts at zero", stacklevel=2)
+        old = self.influence
+        self._build()
+        self.influence.adopt(old)
+
+    def step(self, x: Tensor, state: Tensor, routing: Routing, tensors: list[Tensor]) -> StepJacobian:
+        """Capture one step and check that its Jacobians are finite. Changes nothing.
+
+        Args:
+            x: ``(B, ...)``.
+            state: state that enters the step, ``(B, S, D)``, detached.
+            routing: what the step touches.
+            tensors: from :meth:`checked_tensors`.
+
+        Raises:
+            NonFiniteError: if a Jacobian holds NaN or infinity.
+        """
+        step = self.capture.step(x, state, routing, tensors)
+        total = step.Jh.sum() + step.core.delta.sum() + step.expert.delta.sum()
+        if not torch.isfinite(total):
+            self._raise_non_finite(step)
+        return step
+
+    def _raise_non_finite(self, step: StepJacobian) -> None:
+        kinds = [("the state Jacobian", step.Jh), ("the immediate Jacobian of the core group", step.core.delta)]
+        for name, value in kinds:
+            bad = (~torch.isfinite(value.flatten(1))).any(1)
+            if bool(bad.any()):
+                raise NonFiniteError(self.steps, bad.nonzero().flatten().tolist(), name)
+        bad = (~torch.isfinite(step.expert.delta)).flatten(2).any(2)  # (B, k)
+        if bool(bad.any()):
+            experts = sorted(set(step.routing.experts[bad].tolist()))
+            streams = bad.any(1).nonzero().flatten().tolist()
+            raise NonFiniteError(self.steps, streams, f"the immediate Jacobian of experts {experts}")
+
+    def add_to_grad(self, core: Tensor, experts: Tensor) -> None:
+        """Add gradients with respect to the carried tensors to ``.grad``, back through parametrizations."""
+        for parameter, gradient in zip(self.groups.all, self.groups.split(core, experts), strict=True):
+            if not parameter.trainable or not bool(gradient.any()):
+                continue
+            with torch.enable_grad():
+                tensor = parameter.tensor
+            if tensor.is_leaf:
+                tensor.grad = gradient.clone() if tensor.grad is None else tensor.grad.add_(gradient)
+            else:
+                torch.autograd.backward(tensor, gradient)
+
+    def flush(self) -> None:
+        """Add to ``.grad`` what sleeping experts are owed and every loss row that was not handed out yet."""
+        self.add_to_grad(*self.influence.flush())
+
+    def check_routing(self, routing: Routing) -> None:
+        """Check that a routing is well formed.
+
+        Raises:
+            ContractError: on wrong shapes or dtypes, and on duplicate or out-of-range indices.
+        """
+        for name, index, size, owner in (
+            ("read", routing.read, self.cell.num_slots, "num_slots"),
+            ("write", routing.write, self.cell.num_slots, "num_slots"),
+            ("experts", routing.experts, self.cell.num_experts, "num_experts"),
+        ):
+            if index.dim() != 2 or index.shape[0] != self.batch_size or index.dtype != torch.int64:
+                raise ContractError(
+                    [f"routing.{name} must be int64 ({self.batch_size}, k), got {index.dtype} {tuple(index.shape)}"]
+                )
+            for stream, row in enumerate(index.tolist()):
+                if len(set(row)) != len(row):
+                    raise ContractError([f"routing.{name} must be distinct within a row, got {row} in stream {stream}"])
+                if row and not (min(row) >= 0 and max(row) < size):
+                    raise ContractError(
+                        [f"routing.{name} must lie in 0 ... {owner} - 1 = {size - 1}, got {row} in stream {stream}"]
+                    )
+
+
+def _refusals(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        return ["couples the rows of the batch in training; use a norm per row, or eval()"]
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        return ["draws random numbers in training, so a captured step is not the step that ran; remove it, or eval()"]
+    return []
+
+
+def _describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{dtype} {tuple(shape)} on {device}"
+
+
+class _Entry:
+    """The entry of a segment: receives ``dL/dh_entry`` in the backward pass and answers with gradients."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.influence = engine.influence
+        self.commits = engine.influence.commits
+        self.position = len(engine.influence.window)
+        self.used = False
+
+    def gradients(self, u: Tensor) -> list[Tensor]:
+        if self.used:
+            raise RuntimeError(
+                "backward was called twice for the same output of the learner; add the losses up and call it once"
+            )
+        if self.influence is not self.engine.influence or self.commits != self.influence.commits:
+            raise RuntimeError(
+                "backward came too late: the influence has moved past this step. Call backward before the next step or"
+                " reset, take several steps as one segment with unroll, or raise commit_every"
+            )
+        gradients = self.engine.groups.split(*self.influence.loss_gradient(self.position, u.flatten(1)))
+        self.used = True
+        return gradients
+
+
+class _EnterSegment(torch.autograd.Function):
+    """Identity on the state; in the backward pass adds the gradient through the past to the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, entry: _Entry, state: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.entry = entry
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True is not supported: the influence is not differentiable")
+        gradients = ctx.entry.gradients(u)
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *(g if want else None for g, want in zip(gradients, wanted, strict=True))
+
+
+class RTRL:
+    """Online learner with the exact gradient through the whole past, in memory that does not grow with its length.
+
+    The state lives in the learner. ``out = learner(x)`` takes one step, ``learner.unroll(xs)`` takes several as one
+    segment; ``backward`` on a loss of the outputs fills ``.grad`` with the gradient through every step since the last
+    reset, for parameters that did not change on the way; after an online update it is that of the path taken
+    (Williams & Zipser 1989). Gradients of experts that sleep are deferred; :meth:`flush`, which :meth:`attach` hooks
+    into the optimizer's step, adds them.
+
+    Args:
+        cell: the cell to train.
+        batch_size: streams ``B``.
+        buffer: segments kept for sleeping experts; one that sleeps longer is brought up to date before its Jacobians
+            leave the buffer.
+        commit_every: steps between two influence updates. The gradient at every step is exact whatever it is; more steps
+            cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by the
+            cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
+        catch_up: how sleeping experts catch up: ``"auto"``, ``"eager"``, ``"replay"`` or ``"product"``.
+
+    Raises:
+        ContractError: if the cell couples the rows of a batch or draws random numbers.
+        MemoryError: if the influence does not fit into memory, with the numbers.
+    """
+
+    def __init__(
+        self,
+        cell: SlotCell,
+        batch_size: int,
+        buffer: int = 64,
+        commit_every: int | Literal["auto"] = "auto",
+        catch_up: CatchUp = "auto",
+    ) -> None:
+        if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
+            raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
+        self._engine = Engine(cell, batch_size, buffer, catch_up)
+        self.commit_every: int | Literal["auto"] = commit_every
+        self._state = cell.initial_state(batch_size).detach()
+
+    @property
+    def cell(self) -> SlotCell:
+        """The cell being trained."""
+        return self._engine.cell
+
+    @property
+    def batch_size(self) -> int:
+        """Streams ``B``."""
+        return self._engine.batch_size
+
+    @property
+    def state(self) -> Tensor:
+        """State after the last step, ``(B, S, D)``, detached."""
+        return self._state.detach()
+
+    @property
+    def events(self) -> dict[str, int]:
+        """How often sleeping experts woke, expired, were replayed or multiplied, and were paid."""
+        return dict(self._engine.influence.events)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Take one step.
+
+        Args:
+            x: input ``(B, ...)``.
+
+        Returns:
+            Output ``(B, ...)``; call ``backward`` on a loss of it before the window it belongs to is committed.
+
+        Raises:
+            RuntimeError: under ``no_grad``, or after a parameter changed its shape, dtype or device.
+            ContractError: if the cell breaks its contract.
+            NonFiniteError: if the new state or a Jacobian is not finite; the learner is then unchanged.
+        """
+        return self._run(x.unsqueeze(0))[0]
+
+    def unroll(self, xs: Tensor) -> Tensor:
+        """Take several steps as one segment: backpropagation inside it, influence across it.
+
+        Args:
+            xs: inputs ``(n, B, ...)``.
+
+        Returns:
+            Outputs ``(n, B, ...)``; call ``backward`` on a loss of them at most once.
+
+        Raises:
+            RuntimeError, ContractError, NonFiniteError: as :meth:`__call__`.
+        """
+        if xs.dim() < 2 or xs.shape[0] < 1:
+            raise ValueError(f"xs must have shape (n, B, ...) with n >= 1, got {tuple(xs.shape)}")
+        return torch.stack(self._run(xs))
+
+    def _run(self, xs: Tensor) -> list[Tensor]:
+        engine = self._engine
+        self._check_input(xs)
+        with parametrize.cached():
+            tensors = engine.checked_tensors()
+            if self.commit_every == "auto":
+                with torch.no_grad():
+                    routing = engine.cell.route(xs[0], self._state)
+                self.commit_every = choose_commit_every(engine.cell, engine.groups, routing)
+            if len(engine.influence.window) >= self.commit_every:
+                engine.influence.commit()
+            entry = _Entry(engine)
+            state = _EnterSegment.apply(entry, self._state, *tensors)
+            outputs, steps = [], []
+            for x in xs:
+                with torch.no_grad():
+                    routing = engine.cell.route(x, state)
+                engine.check_routing(routing)
+                entered = state.detach()
+                h_write_new, output = engine.cell.update(
+                    x, gather_slots(state, routing.read), gather_slots(state, routing.write), routing
+                )
+                self._check_update(h_write_new, output, routing)
+                steps.append(engine.step(x, entered, routing, tensors))
+                state = scatter_slots(state, routing.write, h_write_new)
+                outputs.append(output)
+        new_state = state.detach()
+        if not torch.isfinite(new_state).all():
+            bad = (~torch.isfinite(new_state)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise NonFiniteError(engine.steps, bad, "the new state")
+        engine.influence.record(steps)
+        engine.steps += len(steps)
+        self._state = new_state
+        return outputs
+
+    def _check_input(self, xs: Tensor) -> None:
+        engine = self._engine
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "a learning step needs gradients, but they are disabled (no_grad or inference_mode): use"
+                " learner.evaluate() to run the cell without learning"
+            )
+        if xs.shape[1] != engine.batch_size:
+            raise ValueError(f"x must have batch size {engine.batch_size}, got shape {tuple(xs.shape[1:])}")
+        if xs.requires_grad:
+            raise ValueError(
+                "x must not require a gradient: parameters before the cell would influence later states without being"
+                " carried. Make them part of the cell, or detach x"
+            )
+        if xs.device != engine.device:
+            raise ValueError(f"x must be on {engine.device}, where the learner was built, got {xs.device}")
+
+    def _check_update(self, h_write_new: Tensor, output: Tensor, routing: Routing) -> None:
+        expected = (self.batch_size, routing.write.shape[1], self.cell.slot_size)
+        if tuple(h_write_new.shape) != expected:
+            raise ContractError(
+                [f"update must return the written slots first, shape {expected}, got {tuple(h_write_new.shape)}"]
+            )
+        if not isinstance(output, Tensor) or output.shape[:1] != (self.batch_size,):
+            raise ContractError([f"update must return an output (B, ...) second, got {_kind(output)}"])
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Call :meth:`flush` before every step of an optimizer.
+
+        Returns:
+            A handle with ``remove()``.
+        """
+        return optimizer.register_step_pre_hook(lambda *_: self.flush())
+
+    def flush(self) -> None:
+        """Add to ``.grad`` what sleeping experts are owed; calling it again adds nothing.
+
+        :meth:`attach` calls it before each optimizer step. Call it yourself before you clip or unscale gradients.
+        """
+        self._engine.flush()
+
+    def discard(self) -> None:
+        """Drop the gradients that are owed, as ``zero_grad`` drops those in ``.grad``."""
+        self._engine.influence.discard()
+
+    def reset(self, streams: Tensor | None = None) -> None:
+        """Start new sequences: initial state and zero influence. What the streams' sleepers are owed is paid first.
+
+        Args:
+            streams: boolean mask ``(B,)`` of the streams that start anew; None for all.
+
+        Raises:
+            ValueError: if ``streams`` is not a boolean mask of shape ``(B,)``.
+        """
+        engine = self._engine
+        if streams is None:
+            streams = torch.ones(engine.batch_size, dtype=torch.bool, device=engine.device)
+        if streams.dtype != torch.bool or tuple(streams.shape) != (engine.batch_size,):
+            raise ValueError(
+                f"streams must be a bool mask of shape ({engine.batch_size},), got {streams.dtype} {tuple(streams.shape)}"
+            )
+        streams = streams.to(engine.device)
+        engine.influence.reset(streams)
+        initial = engine.cell.initial_state(engine.batch_size).detach()
+        self._state = torch.where(streams.view(-1, 1, 1), initial, self._state)
+
+    def influence(self) -> dict[str, Tensor]:
+        """Influence ``dh/dθ`` of every recurrent parameter, ``(B, H, *shape)``, brought up to date."""
+        return self._engine.influence.matrices()
+
+    def evaluate(self) -> Evaluation:
+        """A copy that runs from the current state without learning; it shares the parameters."""
+        return Evaluation(self.cell, self.state.clone())
+
+    def state_dict(self) -> dict[str, Any]:
+        """State, influence and tree, after committing; with it and the cell's own, training resumes bit for bit."""
+        return {
+            "version": 1,
+            "influence": self._engine.influence.state_dict(),
+            "state": self._state.clone(),
+            "steps": self._engine.steps,
+            "commit_every": self.commit_every,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, for the same cell and options.
+
+        Raises:
+            ValueError: if it does not fit this learner; nothing is changed then.
+        """
+        if state.get("version") != 1:
+            raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
+        self._engine.influence.load_state_dict(state["influence"])
+        self._state = state["state"].to(self._engine.device, self._engine.dtype).clone()
+        self._engine.steps = state["steps"]
+        self.commit_every = state["commit_every"]
+
+
+class Evaluation:
+    """Runs a cell on streams without learning, from :meth:`RTRL.evaluate`.
+
+    Args:
+        cell: the cell.
+        state: state to start from, ``(B, S, D)``.
+    """
+
+    def __init__(self, cell: SlotCell, state: Tensor) -> None:
+        self.cell = cell
+        self.state = state
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Take one step: ``x (B, ...)`` to the output ``(B, ...)``."""
+        output, _, self.state = self.cell(x, self.state)
+        return output
+
+    def unroll(self, xs: Tensor) -> Tensor:
+        """Take several steps: ``xs (n, B, ...)`` to outputs ``(n, B, ...)``."""
+        return torch.stack([self(x) for x in xs])
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
