@@ -29,7 +29,7 @@ class Estimate:
         tree_bytes: upper bound on the circular tree of state Jacobians.
         bptt_bytes_per_step: bytes that one step of BPTT saves for its backward pass, measured on one step.
         break_even_length: length from which BPTT needs more memory than the influence.
-        step_flops: ``2 w (r + 1) N`` floating-point operations of a step-wise update of the active parameters, per batch.
+        step_flops: ``2 w (r + 1) N B`` floating-point operations of a step-wise update of the active parameters.
         commit_every: suggested steps between two influence updates.
     """
 
@@ -86,7 +86,7 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
         size = getattr(cell, "input_size", None)
         if not isinstance(size, int):
             raise ValueError(
-                f"x must be given: {type(cell).__name__} has no input_size to build an example input (B, input_size) from"
+                f"x must be given: {type(cell).__name__} has no input_size to build an example input from"
             )
         x = reference.new_zeros(batch_size, size)
     with torch.no_grad():
@@ -157,8 +157,8 @@ def check_memory(groups: ParameterGroups, hidden_size: int, batch_size: int, lik
     if needed > available:
         raise MemoryError(
             f"the influence needs {_mib(needed)}: itemsize {like.element_size()} * batch_size {batch_size} *"
-            f" (hidden_size {hidden_size} + 1) * {groups.count} recurrent parameters; {_mib(available)} are available on"
-            f" {like.device}. Use fewer streams, a smaller state, or fewer experts"
+            f" (hidden_size {hidden_size} + 1) * {groups.count} recurrent parameters; {_mib(available)} are available"
+            f" on {like.device}. Use fewer streams, a smaller state, or fewer experts"
         )
 
 

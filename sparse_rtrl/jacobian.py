@@ -1,7 +1,7 @@
 """Capture of a step's state Jacobian and factored immediate Jacobians by one ordinary backward pass.
 
-``SlotCell.update`` works row by row of the batch. Its inputs are repeated ``w`` times, once per written state entry, and
-one backward pass with the identity as cotangent gives all rows of the Jacobians at once. Parameters never enter that
+``SlotCell.update`` works row by row of the batch. Its inputs are repeated ``w`` times, once per written state entry,
+and one backward pass with the identity as cotangent gives all rows of the Jacobians at once. Parameters never enter that
 graph: where ``update`` hands one to a known linear map ``y = W z``, the map is evaluated with detached parameters, and
 the backward pass is asked for ``delta = dh[write]/dy``; together with ``z`` that is the immediate Jacobian, factored.
 """

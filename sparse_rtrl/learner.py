@@ -245,8 +245,8 @@ class RTRL:
         batch_size: streams ``B``.
         buffer: segments kept for sleeping experts; one that sleeps longer is brought up to date before its Jacobians
             leave the buffer.
-        commit_every: steps between two influence updates. The gradient at every step is exact whatever it is; more steps
-            cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by the
+        commit_every: steps between two influence updates. The gradient at every step is exact whatever it is; more
+            steps cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by the
             cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
         catch_up: how sleeping experts catch up: ``"auto"``, ``"eager"``, ``"replay"`` or ``"product"``.
 
@@ -414,9 +414,8 @@ class RTRL:
         if streams is None:
             streams = torch.ones(engine.batch_size, dtype=torch.bool, device=engine.device)
         if streams.dtype != torch.bool or tuple(streams.shape) != (engine.batch_size,):
-            raise ValueError(
-                f"streams must be a bool mask of shape ({engine.batch_size},), got {streams.dtype} {tuple(streams.shape)}"
-            )
+            got = f"{streams.dtype} {tuple(streams.shape)}"
+            raise ValueError(f"streams must be a bool mask of shape ({engine.batch_size},), got {got}")
         streams = streams.to(engine.device)
         engine.influence.reset(streams)
         initial = engine.cell.initial_state(engine.batch_size).detach()

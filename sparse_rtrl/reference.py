@@ -16,8 +16,8 @@ that only accumulates. The augmented map of a segment is therefore the pair ``(J
 
     (J2, u2) ∘ (J1, u1) = (J2 J1, u1 + u2 J1),       the newer map on the left.
 
-Layouts: ``P`` is ``(G, H + 1, N)`` with one row of ``G`` per influence matrix, the loss row last, and the columns of all
-parameters of the group side by side. A *node* is a block-sparse map: slots ``rows (B, R)`` that it writes, slots
+Layouts: ``P`` is ``(G, H + 1, N)`` with one row of ``G`` per influence matrix, the loss row last, and the columns of
+all parameters of the group side by side. A *node* is a block-sparse map: slots ``rows (B, R)`` that it writes, slots
 ``cols (B, C)`` that it depends on, ``blocks (B, R*D, C*D)`` and ``loss_row (B, C*D)``; every other row is the identity.
 """
 
@@ -47,7 +47,7 @@ def influence_update_(
     zs: Sequence[Tensor],
     offsets: Sequence[int],
 ) -> None:
-    """Move influence matrices through one map, in place: ``P[write] <- Jh P[support] + F``, loss row ``+= u P[support]``.
+    """Move influence matrices through one map, in place: ``P[write] <- Jh P[support] + F``, loss row ``+= u P``.
 
     All reads precede all writes. Duplicated slots of the support add up; duplicated slots of ``write`` must carry equal
     rows.

@@ -101,7 +101,7 @@ def leaf(Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None, nu
     summed = blocks.new_zeros(batch, num_rows, slot_size, cols.shape[1], slot_size)
     if support.shape[1] == 0:
         return Node(rows, cols, summed.flatten(3).flatten(1, 2), Jh.new_zeros(batch, 0), num_slots, slot_size)
-    column = torch.searchsorted(cols, support)
+    column = torch.searchsorted(cols, support.contiguous())
     summed.scatter_add_(3, column.view(batch, 1, 1, -1, 1).expand_as(blocks), blocks)
     u = Jh.new_zeros(batch, cols.shape[1], slot_size)
     if loss_row is not None:
@@ -364,7 +364,7 @@ class CircularTree:
         for stream, (w, s) in enumerate(zip(write.tolist(), support.tolist(), strict=True)):
             if len(set(w)) != len(w) or not set(w) <= set(s):
                 raise ValueError(
-                    f"write must be distinct and contained in support, got write {w} and support {s} for stream {stream}"
+                    f"write must be distinct and contained in support, got write {w}, support {s} in stream {stream}"
                 )
         shape = (self.batch_size, write.shape[1] * self.slot_size, support.shape[1] * self.slot_size)
         if tuple(Jh.shape) != shape or Jh.dtype != self.dtype:
