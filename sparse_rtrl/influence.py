@@ -343,7 +343,7 @@ class Influence:
         """Sum over the streams, and zero, the loss rows of the core and of the pairs in ``experts (B, E)`` bool."""
         core = self.core[:, -1].sum(0)
         self.core[:, -1] = 0
-        rows = self.experts[:, -1].view(self.batch_size, self.groups.num_experts, -1)
+        rows = self.experts[:, -1].view(self.batch_size, self.groups.num_experts, self.groups.expert_columns)
         taken = (rows * experts.unsqueeze(-1)).sum(0)
         rows.masked_fill_(experts.unsqueeze(-1), 0.0)
         return core, taken

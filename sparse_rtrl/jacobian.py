@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sparse_rtrl.errors import ContractError
 from sparse_rtrl.expert_bank import expert_linear
 from sparse_rtrl.parameters import ParameterGroups, RecurrentParameter
 from sparse_rtrl.slot_cell import Routing, SlotCell
@@ -281,12 +282,19 @@ def _expert_linear(capture: _Capture, z: Tensor, weight: Tensor, bias: Tensor | 
     return capture.record((p_weight, p_bias), y, build)
 
 
+def _dropout(capture: _Capture, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if training and p > 0:
+        raise ContractError(["update draws random numbers (dropout): a captured step is not the step that ran"])
+    return NotImplemented
+
+
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.embedding: _embedding,
     expert_linear: _expert_linear,
+    F.dropout: _dropout,
 }
 
 

@@ -76,7 +76,8 @@ def influence_update_(
     for delta, z, offset in zip(deltas, zs, offsets, strict=True):
         count, w, tau, m = delta.shape
         immediate = torch.bmm(delta.transpose(2, 3).reshape(count, w * m, tau), z)
-        new[:, :, offset : offset + m * z.shape[2]] += immediate.view(count, w, -1)
+        size = m * z.shape[2]
+        new[:, :, offset : offset + size] += immediate.view(count, w, size)
     if loss_row is not None:
         gain = torch.bmm(loss_row.index_select(0, streams).unsqueeze(1), old).squeeze(1)
         flat.index_add_(0, base.flatten() + rows_per_matrix - 1, gain)

@@ -1,0 +1,127 @@
+"""The explicit step interface."""
+
+import pytest
+import torch
+from oracle import bptt, cotangents, gradients_of, inputs, worst_error
+
+from sparse_rtrl import BlockRTRL, ContractError, SlotMoECell, get_expert_latent_activated
+
+
+def model(num_experts=5):
+    torch.manual_seed(0)
+    return SlotMoECell(
+        input_size=4,
+        slot_size=4,
+        num_slots=4,
+        num_experts=num_experts,
+        top_k=2,
+        read_slots=2,
+        write_slots=2,
+        output_size=2,
+    ).double()
+
+
+def test_info_has_both_index_sets():
+    cell = model()
+    _, info, _ = cell(inputs(1, 3)[0], cell.initial_state(3))
+    for key, k in (("idx_slots_read", 2), ("idx_slots_write", 2), ("idx_experts", 2)):
+        assert info[key].shape == (3, k) and info[key].dtype == torch.int64
+
+
+def test_index_lists_are_those_of_the_batch():
+    cell = model()
+    info = {
+        "idx_slots_read": torch.tensor([[0, 2], [2, 3]]),
+        "idx_slots_write": torch.tensor([[1, 0], [0, 1]]),
+        "idx_experts": torch.tensor([[4, 1], [1, 2]]),
+    }
+    active, write, read = get_expert_latent_activated(cell, info)
+    assert write == [*range(0, 8)]
+    assert read == [*range(0, 4), *range(8, 16)]
+    experts = {f"experts.{kind}.{e}" for kind in ("weight", "bias") for e in (1, 2, 4)}
+    core = {"slot_table", "query_token.weight", "query_token.bias", "key_value.weight", "control.weight"}
+    assert set(active) == experts | core | {"control.bias", "core.weight"}
+    assert torch.equal(active["experts.weight.4"], cell.experts.weight[4])
+
+
+@pytest.mark.parametrize("catch_up", ["auto", "eager", "replay", "product"])
+def test_16_step_training_loop_has_the_gradient_of_bptt(catch_up):
+    cell, x, c = model(), inputs(16, 3), cotangents(16, 3)
+    expected = bptt(cell, x, c)
+    rtrl = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, len_buffer=4, catch_up=catch_up)
+    h_t = cell.initial_state(3)
+    for t in range(16):
+        out, info, h_next = cell(x[t], h_t)
+        active_params, write_idx, read_idx = get_expert_latent_activated(cell, info)
+        loss = (out * c[t]).sum() if bool(c[t].any()) else None
+        rtrl.step(cell, x[t], h_t, loss, active_params, read_idx, write_idx)
+        h_t = h_next.detach()
+    assert worst_error(gradients_of(cell), expected) <= 1e-12
+    assert max(float(m.norm()) for m in rtrl.influence().values()) > 1e-3
+
+
+def test_a_loss_on_the_whole_new_state():
+    """Copied slots of the new state are old content: the loss reaches slots outside the support."""
+    cell, x = model(), inputs(12, 2)
+    weights = torch.randn(12, 2, 4, 4, dtype=torch.float64)
+    state, total = cell.initial_state(2), 0.0
+    for t in range(12):
+        _, _, state = cell(x[t], state)
+        total = total + (state * weights[t]).sum()
+    total.backward()
+    expected = gradients_of(cell)
+    cell.zero_grad()
+    rtrl = BlockRTRL(cell.named_parameters(), 2, 16, len_buffer=4)
+    h_t = cell.initial_state(2)
+    for t in range(12):
+        _, info, h_next = cell(x[t], h_t)
+        active, write, read = get_expert_latent_activated(cell, info)
+        rtrl.step(cell, x[t], h_t, (h_next * weights[t]).sum(), active, read, write)
+        h_t = h_next.detach()
+    expected = {n: g for n, g in expected.items() if not n.startswith("readout")}
+    found = gradients_of(cell)
+    assert worst_error({n: found[n] for n in expected}, expected) <= 1e-12
+
+
+def test_resume():
+    cell, x = model(), inputs(10, 2)
+
+    def loop(rtrl, h_t, steps):
+        for t in steps:
+            out, info, h_next = cell(x[t], h_t)
+            active, write, read = get_expert_latent_activated(cell, info)
+            rtrl.step(cell, x[t], h_t, out.sum(), active, read, write)
+            h_t = h_next.detach()
+        return h_t
+
+    one, two = (BlockRTRL(cell.named_parameters(), 2, 16) for _ in range(2))
+    h_t = loop(one, cell.initial_state(2), range(5))
+    two.load_state_dict(one.state_dict())
+    loop(one, h_t.clone(), range(5, 10))
+    loop(two, h_t.clone(), range(5, 10))
+    for name, matrix in one.influence().items():
+        assert torch.equal(matrix, two.influence()[name])
+
+
+def test_errors():
+    cell, x = model(), inputs(1, 2)[0]
+    rtrl = BlockRTRL(cell.named_parameters(), 2, 16)
+    h_t = cell.initial_state(2)
+    out, info, _ = cell(x, h_t)
+    active, write, read = get_expert_latent_activated(cell, info)
+    for arguments, error, message in (
+        ((h_t, out.sum(), active, read[1:], write), ContractError, "read_idx must hold"),
+        ((h_t, out.sum(), active, read, write[:-1]), ContractError, "write_idx must hold"),
+        ((h_t, out.sum(), ["core.weight"], read, write), ContractError, "active_params must name"),
+        ((h_t[:1], out.sum(), active, read, write), ValueError, "h_t must have shape"),
+        ((h_t, out.sum().detach(), active, read, write), ValueError, "loss must depend"),
+        ((h_t.detach(), out.sum(), active, read, write), ValueError, "the very tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            rtrl.step(cell, x, *arguments)
+    with pytest.raises(ValueError, match="H must be the model's"):
+        BlockRTRL(cell.named_parameters(), 2, 17).step(cell, x, h_t, None, active, read, write)
+    with pytest.raises(ValueError, match=r"missing: .*core\.weight"):
+        BlockRTRL({"slot_table": cell.slot_table}, 2, 16).step(cell, x, h_t, None, active, read, write)
+    with pytest.raises(ValueError, match="at least one"):
+        BlockRTRL({}, 2, 16)

@@ -1,0 +1,445 @@
+"""How a learner behaves around the gradient: modes, errors, resuming, memory."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from oracle import bptt, cotangents, gradients_of, inputs, online, worst_error
+from pattern_cell import PatternCell, make_pattern
+from torch import nn
+
+from sparse_rtrl import RTRL, ContractError, NonFiniteError, Routing, SlotCell, SlotMoECell, estimate
+
+
+def small_cell(**changes) -> SlotMoECell:
+    sizes = dict(input_size=4, slot_size=4, num_slots=4, num_experts=5, top_k=2, read_slots=2, write_slots=2)
+    torch.manual_seed(0)
+    return SlotMoECell(**{**sizes, "output_size": 2, **changes}).double()
+
+
+def snapshot(learner):
+    influence = learner._engine.influence
+    return [
+        t.clone()
+        for t in (
+            learner.state,
+            influence.core,
+            influence.experts,
+            influence.last_update,
+            influence.handed_out,
+            influence.window_loss_row,
+        )
+    ] + [torch.tensor([len(influence.window), influence.commits])]
+
+
+def assert_same(before, after):
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other)
+
+
+def run(learner, x, steps):
+    for t in steps:
+        learner(x[t]).sum().backward()
+
+
+def test_the_example_of_the_readme_runs_and_state_is_detached():
+    cell = small_cell()
+    learner = RTRL(cell, batch_size=3)
+    optimizer = torch.optim.Adam(cell.parameters())
+    learner.attach(optimizer)
+    before = [p.clone() for p in cell.parameters()]
+    for x in inputs(4, 3):
+        learner(x).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learner.state.shape == (3, 4, 4) and not learner.state.requires_grad
+    assert not torch.equal(learner.state, torch.zeros_like(learner.state))
+    assert any(not torch.equal(a, b) for a, b in zip(before, cell.parameters(), strict=True))
+
+
+def test_outputs_and_states_are_those_of_the_cell():
+    cell, x = small_cell(), inputs(9, 3)
+    learner = RTRL(cell, 3)
+    outputs = torch.cat((learner.unroll(x[:4]), torch.stack([learner(x[t]) for t in range(4, 9)])))
+    state = cell.initial_state(3)
+    for t in range(9):
+        expected, _, state = cell(x[t], state)
+        assert torch.equal(outputs[t], expected)
+    assert torch.equal(learner.state, state)
+
+
+def test_flush_is_idempotent_and_discard_drops_what_is_owed():
+    cell = PatternCell(make_pattern("random", 30, 2), dense=False).double()
+    x, c = inputs(30, 2), cotangents(30, 2, density=1.0)
+    for lose in (False, True):
+        learner = RTRL(cell, 2, commit_every=1)
+        cell.zero_grad()
+        for t in range(13):
+            (learner(x[t]) * c[t]).sum().backward()
+        complete_for_active = gradients_of(cell)
+        if lose:
+            learner.discard()
+        learner.flush()
+        flushed = gradients_of(cell)
+        owed = worst_error(flushed, complete_for_active) > 1e-6
+        assert owed is not lose  # experts 1 and 2 sleep at step 13
+        learner.flush()
+        assert_same(flushed.values(), gradients_of(cell).values())
+
+
+def test_after_backward_the_gradient_of_active_groups_is_complete():
+    cell = PatternCell(make_pattern("random", 30, 2), dense=False).double()
+    x, c = inputs(30, 2), cotangents(30, 2)
+    expected = bptt(cell, x, c)
+    learner = RTRL(cell, 2, commit_every=1)
+    cell.zero_grad()
+    for t in range(30):
+        output = learner(x[t])
+        if bool(c[t].any()):
+            (output * c[t]).sum().backward()
+    found = gradients_of(cell)
+    core = {n for n in expected if not n.startswith("experts")}
+    assert worst_error({n: found[n] for n in core}, {n: expected[n] for n in core}) <= 1e-12
+    # Expert 0 is active in every step, expert 2 slept at the end.
+    for name in ("experts.weight", "experts.bias"):
+        torch.testing.assert_close(found[name][0], expected[name][0], rtol=1e-11, atol=1e-13)
+        assert not torch.allclose(found[name][2], expected[name][2], rtol=1e-3)
+
+
+def test_frozen_parameters_carry_no_influence_and_unfrozen_ones_start_at_zero():
+    cell, x, c = small_cell(), inputs(20, 2), cotangents(20, 2)
+    cell.control.weight.requires_grad_(False)
+    learner = RTRL(cell, 2, commit_every=1)
+    assert "control.weight" not in learner.influence()
+    assert worst_error(online(learner, x[:10], c[:10]), bptt(cell, x[:10], c[:10])) <= 1e-12
+    cell.control.weight.requires_grad_(True)
+    learner.reset()
+    with pytest.warns(UserWarning, match=r"control\.weight: trainable from now on"):
+        found = online(learner, x, c)
+    assert worst_error(found, bptt(cell, x, c)) <= 1e-12
+
+
+def test_unfreezing_keeps_the_influence_of_the_others():
+    cell, x, c = small_cell(), inputs(20, 2), cotangents(20, 2, density=0.0)
+    expected = bptt(cell, x, c)
+    cell.key_value.weight.requires_grad_(False)
+    learner = RTRL(cell, 2, commit_every=3, buffer=4)
+    for t in range(19):
+        learner(x[t])
+    cell.key_value.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="key_value"):
+        (learner(x[19]) * c[19]).sum().backward()
+    learner.flush()
+    found = gradients_of(cell)
+    found.pop("key_value.weight"), expected.pop("key_value.weight")
+    assert worst_error(found, expected) <= 1e-12
+
+
+def test_a_parameter_frozen_later_gets_no_gradient():
+    cell, x = small_cell(), inputs(6, 2)
+    learner = RTRL(cell, 2)
+    run(learner, x, range(3))
+    cell.zero_grad(set_to_none=True)
+    cell.control.weight.requires_grad_(False)
+    run(learner, x, range(3, 6))
+    learner.flush()
+    assert cell.control.weight.grad is None and cell.key_value.weight.grad is not None
+
+
+@pytest.mark.parametrize("catch_up", ["eager", "replay", "product"])
+@pytest.mark.parametrize("commit_every", [1, 5])
+def test_resuming_is_bit_for_bit(catch_up, commit_every, tmp_path):
+    pattern = make_pattern("random", 40, 2)
+    cell = PatternCell(pattern, dense=False).double()
+    x, c = inputs(40, 2), cotangents(40, 2, density=0.7)
+    learner = RTRL(cell, 2, buffer=6, commit_every=commit_every, catch_up=catch_up)
+    online(learner, x[:23], c[:23])
+    torch.save(learner.state_dict(), tmp_path / "learner.pt")
+    other = RTRL(copy.deepcopy(cell), 2, buffer=6, commit_every=commit_every, catch_up=catch_up)
+    other.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
+    resets = {9: torch.tensor([True, False])}
+    one, two = (online(each, x[23:], c[23:], resets=resets) for each in (learner, other))
+    assert_same(one.values(), two.values())
+    assert_same(learner.influence().values(), other.influence().values())
+    assert torch.equal(learner.state, other.state)
+
+
+def test_state_dict_of_another_learner_is_refused_and_changes_nothing():
+    learner, x = RTRL(small_cell(), 2), inputs(3, 2)
+    run(learner, x, range(3))
+    before = snapshot(learner)
+    for other, message in (
+        (RTRL(small_cell(), 3), "batch size"),
+        (RTRL(small_cell(), 2, catch_up="eager"), "eager"),
+        (RTRL(small_cell(), 2, buffer=5), "capacity"),
+        (RTRL(small_cell(slot_size=8), 2), "another cell"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learner.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="version 1, got 2"):
+        learner.load_state_dict({**learner.state_dict(), "version": 2})
+    learner._engine.influence.commit()
+    assert snapshot(learner)[-1][1] >= before[-1][1]
+
+
+def test_evaluate_runs_without_learning():
+    cell, x = small_cell(), inputs(8, 2)
+    learner = RTRL(cell, 2)
+    run(learner, x, range(3))
+    before = snapshot(learner)
+    evaluation = learner.evaluate()
+    with torch.no_grad():
+        output = evaluation.unroll(x[3:6])
+    assert output.shape == (3, 2, 2) and not output.requires_grad
+    assert_same(before, snapshot(learner))
+    assert torch.equal(output[0], learner(x[3]))
+
+
+class Raising:
+    """Errors that a learning step raises, each leaving the learner as it was."""
+
+    def no_grad(learner, x):
+        with torch.no_grad():
+            learner(x)
+
+    def batch(learner, x):
+        learner(x[:1])
+
+    def input_gradient(learner, x):
+        learner(x.clone().requires_grad_())
+
+    def nan_input(learner, x):
+        learner(torch.full_like(x, float("nan")))
+
+    def infinite_parameter(learner, x):
+        learner.cell.experts.weight.data[:] = float("inf")
+        learner(x)
+
+    def dtype(learner, x):
+        learner.cell.float()
+        learner(x.float())
+
+    def shape(learner, x):
+        learner.cell.key_value.weight = nn.Parameter(torch.zeros(8, 5, dtype=torch.float64))
+        learner(x)
+
+    def empty_chunk(learner, x):
+        learner.unroll(x[None][:0])
+
+    def bad_mask(learner, x):
+        learner.reset(torch.tensor([0, 1]))
+
+    def duplicate_slots(learner, x):
+        learner.cell.route = lambda x, h: Routing(*(torch.zeros(2, 2, dtype=torch.int64) for _ in range(3)))
+        learner(x)
+
+    def slot_out_of_range(learner, x):
+        learner.cell.route = lambda x, h: Routing(*(torch.tensor([[0, 4], [0, 1]]) for _ in range(3)))
+        learner(x)
+
+    def routing_shape(learner, x):
+        learner.cell.route = lambda x, h: Routing(*(torch.tensor([0, 1]) for _ in range(3)))
+        learner(x)
+
+    def update_shape(learner, x):
+        learner.cell.update = lambda x, r, w, routing: (w[:, :1], w.sum((1, 2)))
+        learner(x)
+
+
+@pytest.mark.parametrize(
+    ("action", "error", "message"),
+    [
+        (Raising.no_grad, RuntimeError, r"learner\.evaluate\(\)"),
+        (Raising.batch, ValueError, r"batch size 2, got shape \(1, 4\)"),
+        (Raising.input_gradient, ValueError, "x must not require a gradient"),
+        (Raising.nan_input, NonFiniteError, r"step 3: NaN or infinity in .*streams \[0, 1\]"),
+        (Raising.infinite_parameter, NonFiniteError, "step 3"),
+        (Raising.dtype, RuntimeError, "was torch.float64 .* is torch.float32 .* now"),
+        (Raising.shape, RuntimeError, r"key_value.weight was .*\(8, 4\).* is .*\(8, 5\)"),
+        (Raising.empty_chunk, ValueError, "n >= 1"),
+        (Raising.bad_mask, ValueError, "bool mask of shape"),
+        (Raising.duplicate_slots, ContractError, r"read must be distinct within a row, got \[0, 0\] in stream 0"),
+        (Raising.slot_out_of_range, ContractError, r"0 \.\.\. num_slots - 1 = 3, got \[0, 4\] in stream 0"),
+        (Raising.routing_shape, ContractError, r"routing\.read must be int64 \(2, k\)"),
+        (Raising.update_shape, ContractError, r"shape \(2, 2, 4\), got \(2, 1, 4\)"),
+    ],
+)
+def test_errors_leave_the_learner_as_it_was(action, error, message):
+    learner, x = RTRL(small_cell(), 2, commit_every=2), inputs(4, 2)
+    run(learner, x, range(3))
+    before = snapshot(learner)
+    with pytest.raises(error, match=message):
+        action(learner, x[3])
+    assert_same(before, snapshot(learner))
+
+
+def test_a_non_finite_expert_is_named_with_its_stream():
+    pattern = make_pattern("random", 9, 2)
+    cell = PatternCell(pattern, dense=False).double()
+    cell.experts.weight.data[2] = float("nan")  # first used in step 8
+    learner, x = RTRL(cell, 2), inputs(9, 2)
+    run(learner, x, range(8))
+    with pytest.raises(NonFiniteError) as caught:
+        learner(x[8])
+    assert caught.value.step == 8 and caught.value.streams == [0, 1]
+
+
+def test_a_non_finite_loss_stops_before_it_reaches_the_influence():
+    learner, x = RTRL(small_cell(), 2), inputs(2, 2)
+    run(learner, x, range(1))
+    output = learner(x[1])
+    before = snapshot(learner)
+    with pytest.raises(NonFiniteError, match="gradient of the loss"):
+        (output * float("nan")).sum().backward()
+    assert_same(before, snapshot(learner))
+
+
+def test_backward_twice_too_late_and_create_graph():
+    learner, x = RTRL(small_cell(), 2, commit_every=1), inputs(4, 2)
+    output = learner(x[0])
+    output.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="called twice"):
+        output.sum().backward()
+    late = learner(x[1])
+    learner(x[2])
+    with pytest.raises(RuntimeError, match="backward came too late"):
+        late.sum().backward()
+    output = learner(x[3])
+    with pytest.raises(RuntimeError, match="create_graph"):
+        output.sum().backward(create_graph=True)
+
+
+def test_losses_of_several_steps_of_a_window_in_one_backward():
+    cell, x, c = small_cell(), inputs(6, 2), cotangents(6, 2, density=1.0)
+    expected = bptt(cell, x, c)
+    learner = RTRL(cell, 2, commit_every=6)
+    cell.zero_grad()
+    sum((learner(x[t]) * c[t]).sum() for t in range(6)).backward()
+    learner.flush()
+    assert worst_error(gradients_of(cell), expected) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2, "buffer": 0}, "buffer must be at least 1, got 0"),
+        ({"batch_size": 2, "commit_every": 0}, "commit_every must be 'auto' or an int of at least 1, got 0"),
+        ({"batch_size": 2, "catch_up": "lazy"}, "catch_up must be one of .*, got 'lazy'"),
+    ],
+)
+def test_bad_options(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RTRL(small_cell(), **arguments)
+
+
+def test_cells_that_cannot_be_carried_are_refused():
+    cell = small_cell()
+    cell.norm = nn.BatchNorm1d(4)
+    cell.drop = nn.Dropout(0.1)
+    with pytest.raises(ContractError) as caught:
+        RTRL(cell, 2)
+    assert len(caught.value.violations) == 2
+    cell.eval()
+    RTRL(cell, 2)
+    with pytest.raises(TypeError, match="SlotCell"):
+        RTRL(nn.Linear(2, 2), 2)
+    for parameter in cell.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable recurrent parameter"):
+        RTRL(cell, 2)
+
+
+def test_functional_dropout_is_refused():
+    class Dropping(PatternCell):
+        def update(self, x, h_read, h_write, routing):
+            content, output = super().update(x, h_read, h_write, routing)
+            return nn.functional.dropout(content, 0.5), output
+
+    learner = RTRL(Dropping(make_pattern("random", 2, 2), dense=False).double(), 2)
+    with pytest.raises(ContractError, match="dropout"):
+        learner(inputs(1, 2)[0])
+
+
+def test_influence_that_cannot_fit_is_refused_with_the_numbers():
+    cell = SlotMoECell(
+        input_size=4, slot_size=64, num_slots=16, num_experts=64, top_k=2, read_slots=2, write_slots=2, output_size=4
+    )
+    with pytest.raises(MemoryError, match=r"batch_size 100000 \* \(hidden_size 1024 \+ 1\) \* \d+ recurrent param"):
+        RTRL(cell, 100_000)
+
+
+def test_estimate_counts_what_is_allocated():
+    cell = small_cell()
+    costs = estimate(cell, batch_size=3)
+    influence = RTRL(cell, 3)._engine.influence
+    allocated = sum(t.numel() * t.element_size() for t in (influence.core, influence.experts))
+    assert costs.influence_bytes == allocated == 8 * 3 * 17 * costs.recurrent_parameters
+    recurrent = [p for n, p in cell.named_parameters() if not n.startswith("readout")]
+    assert costs.recurrent_parameters == sum(p.numel() for p in recurrent)
+    assert costs.break_even_length == pytest.approx(costs.influence_bytes / costs.bptt_bytes_per_step)
+    assert str(costs.recurrent_parameters) in str(costs)
+    with pytest.raises(ValueError, match="x must be given"):
+        estimate(PatternCell(make_pattern("random", 1, 2)), 2)
+    assert estimate(PatternCell(make_pattern("random", 1, 2)), 2, x=inputs(1, 2)[0].float()).hidden_size == 12
+
+
+MEMORY_SCRIPT = """
+import psutil, sys, torch
+from sparse_rtrl import RTRL, SlotMoECell
+torch.set_num_threads(1)
+torch.manual_seed(0)
+cell = SlotMoECell(input_size=8, slot_size=8, num_slots=4, num_experts=6, top_k=2, read_slots=2, write_slots=2,
+                   output_size=4)
+learner = RTRL(cell, 2, buffer=16, commit_every=4)
+optimizer = torch.optim.SGD(cell.parameters(), lr=1e-3)
+learner.attach(optimizer)
+process, sizes = psutil.Process(), []
+for t in range(int(sys.argv[1])):
+    output = learner(torch.randn(2, 8))
+    if t % 3 == 0:
+        output.pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if t + 1 in (int(sys.argv[1]) // 10, int(sys.argv[1])):
+        sizes.append(process.memory_info().rss)
+print(*sizes)
+"""
+
+
+def test_memory_does_not_grow_with_the_stream():
+    """Resident size at 20,000 tokens against that at 2,000, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, "10000"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    early, late = map(int, done.stdout.split())  # 2 streams: 2,000 and 20,000 tokens
+    assert psutil.Process().memory_info().rss > 0 and early > 2**20
+    assert abs(late - early) <= 0.02 * early, (early, late)
+
+
+def test_cells_without_experts():
+    class Plain(SlotCell):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.inner, self.readout = nn.Linear(6, 2), nn.Linear(2, 2)
+
+        def route(self, x, state):
+            slots = (x[:, -1:].long() + torch.arange(2)) % 3
+            return Routing(slots[:, :1], slots[:, 1:], slots[:, :0])
+
+        def update(self, x, h_read, h_write, routing):
+            new = torch.tanh(self.inner(torch.cat((x[:, :2], h_read[:, 0], h_write[:, 0]), 1)))
+            return new.unsqueeze(1), self.readout(new)
+
+    cell, x, c = Plain().double(), inputs(15, 2), cotangents(15, 2)
+    for catch_up in ("eager", "auto"):
+        found = online(RTRL(cell, 2, commit_every=2, catch_up=catch_up), x, c)
+        assert worst_error(found, bptt(cell, x, c)) <= 1e-12
