@@ -1,9 +1,10 @@
 """Capture of a step's state Jacobian and factored immediate Jacobians by one ordinary backward pass.
 
 ``SlotCell.update`` works row by row of the batch. Its inputs are repeated ``w`` times, once per written state entry,
-and one backward pass with the identity as cotangent gives all rows of the Jacobians at once. Parameters never enter that
-graph: where ``update`` hands one to a known linear map ``y = W z``, the map is evaluated with detached parameters, and
-the backward pass is asked for ``delta = dh[write]/dy``; together with ``z`` that is the immediate Jacobian, factored.
+and one backward pass with the identity as cotangent gives all rows of the Jacobians at once. Parameters never enter
+that graph: where ``update`` hands one to a known linear map ``y = W z``, the map is evaluated with detached parameters,
+and the backward pass is asked for ``delta = dh[write]/dy``; together with ``z`` that is the immediate Jacobian,
+factored.
 """
 
 from __future__ import annotations
@@ -367,7 +368,7 @@ class JacobianCapture:
         repeated = routing.repeat_interleave(width)
         capture = _Capture(tracked, batch, width, routing.experts, repeated.experts, set(self.dense))
         with torch.enable_grad(), capture:
-            content, _ = self.cell.update(x.repeat_interleave(width, 0), h_read, h_write, repeated)
+            content = self.cell.transition(x.repeat_interleave(width, 0), h_read, h_write, repeated)
         touched_in_place = {p.name for use in capture.uses if use.y._version != use.version for p in use.parameters}
         self._note_dense((capture.dense | touched_in_place) - self.dense)
         eye = torch.eye(width, dtype=content.dtype, device=content.device)
@@ -410,6 +411,7 @@ class JacobianCapture:
         if not content.requires_grad:
             return []
         cotangents = torch.eye(rows, dtype=content.dtype, device=content.device).view(rows, *content.shape)
+        grads: tuple[Tensor | None, ...]
         try:
             grads = torch.autograd.grad(
                 content, tensors, cotangents, is_grads_batched=True, allow_unused=True, retain_graph=True
@@ -418,7 +420,8 @@ class JacobianCapture:
             per_row = [
                 torch.autograd.grad(content, tensors, c, allow_unused=True, retain_graph=True) for c in cotangents
             ]
-            grads = tuple(None if column[0] is None else torch.stack(column) for column in zip(*per_row, strict=True))
+            columns: list[list[Tensor | None]] = [list(c) for c in zip(*per_row, strict=True)]
+            grads = tuple(None if c[0] is None else torch.stack([g for g in c if g is not None]) for c in columns)
         pieces: list[tuple[RecurrentParameter, Tensor, Tensor | None]] = []
         for parameter, grad in zip(parameters, grads, strict=True):
             if grad is None:
@@ -441,7 +444,7 @@ class JacobianCapture:
         h_read, h_write = h.split((routing.read.shape[1], routing.write.shape[1]), dim=1)
         with torch.enable_grad():
             tensors = [p.tensor for p in parameters]
-            content, _ = self.cell.update(x, h_read, h_write, routing)
+            content = self.cell.transition(x, h_read, h_write, routing)
         return content, tensors
 
     def _disagreeing(

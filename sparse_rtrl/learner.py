@@ -246,8 +246,8 @@ class RTRL:
         buffer: segments kept for sleeping experts; one that sleeps longer is brought up to date before its Jacobians
             leave the buffer.
         commit_every: steps between two influence updates. The gradient at every step is exact whatever it is; more
-            steps cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by the
-            cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
+            steps cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by
+            the cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
         catch_up: how sleeping experts catch up: ``"auto"``, ``"eager"``, ``"replay"`` or ``"product"``.
 
     Raises:

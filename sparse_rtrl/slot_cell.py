@@ -112,6 +112,13 @@ class SlotCell(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement update(x, h_read, h_write, routing)")
 
+    def transition(self, x: Tensor, h_read: Tensor, h_write: Tensor, routing: Routing) -> Tensor:
+        """The new content of the written slots alone, ``(B, kw, D)``: the part of :meth:`update` that is captured.
+
+        Override it together with ``update`` where the output costs something, so that capture does not compute it.
+        """
+        return self.update(x, h_read, h_write, routing)[0]
+
     def forward(
         self, x: Tensor, state: Tensor, routing: Routing | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:

@@ -59,13 +59,13 @@ class Node:
 
     def compose(self, older: Node) -> Node:
         """This map after an older one."""
-        parts = ops.tree_merge(
+        rows, cols, blocks, loss_row = ops.tree_merge(
             *(self.rows, self.cols, self.blocks, self.loss_row),
             *(older.rows, older.cols, older.blocks, older.loss_row),
             self.num_slots,
             self.slot_size,
         )
-        return Node(*parts, self.num_slots, self.slot_size)
+        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size)
 
     def embed(self, rows: Tensor, cols: Tensor) -> Node:
         """The same map written over larger sets of rows ``(B, R')`` and columns ``(B, C')``."""
@@ -310,14 +310,12 @@ class CircularTree:
         self.merges, self.query_merges = state["merges"], state["query_merges"]
         self.begin = list(state["begin"])
         self._nodes = [
-            [
-                None
-                if n is None
-                else Node(*(part.to(self.device).clone() for part in n), self.num_slots, self.slot_size)
-                for n in level
-            ]
-            for level in state["nodes"]
+            [None if parts is None else self._restored(*parts) for parts in level] for level in state["nodes"]
         ]
+
+    def _restored(self, rows: Tensor, cols: Tensor, blocks: Tensor, loss_row: Tensor) -> Node:
+        rows, cols, blocks, loss_row = (part.to(self.device).clone() for part in (rows, cols, blocks, loss_row))
+        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size)
 
     def _cover(self, start: int) -> Iterator[tuple[int, int]]:
         """Aligned nodes (level, index) that cover the segments ``start ... count - 1``, oldest first."""

@@ -1,0 +1,39 @@
+"""The cost model against measured and brute-force counts."""
+
+import pytest
+import torch
+
+from sparse_rtrl import SlotMoECell, estimate
+from sparse_rtrl.estimate import choose_commit_every
+from sparse_rtrl.parameters import ParameterGroups
+
+
+def cell(**changes) -> SlotMoECell:
+    sizes = dict(input_size=4, slot_size=32, num_slots=4, num_experts=4, top_k=2, read_slots=2, write_slots=2)
+    return SlotMoECell(**{**sizes, "output_size": 2, **changes})
+
+
+def test_many_sleeping_experts_ask_for_shorter_windows_than_few():
+    with torch.no_grad():
+        few, many = (cell(num_experts=e, num_slots=16) for e in (2, 512))
+        counts = [
+            choose_commit_every(c, ParameterGroups(c), c.route(torch.zeros(1, 4), c.initial_state(1)))
+            for c in (few, many)
+        ]
+    assert counts[0] > counts[1] == 1
+
+
+def test_the_size_of_the_design_s_example():
+    """At slot size 32, 4 slots and 4 experts the cell has about 10 thousand recurrent parameters: 5 MiB a stream."""
+    costs = estimate(cell(), batch_size=1)
+    recurrent = [p.numel() for n, p in cell().named_parameters() if not n.startswith("readout")]
+    assert costs.recurrent_parameters == sum(recurrent) < 14_000
+    assert costs.influence_bytes == 4 * (128 + 1) * costs.recurrent_parameters
+    assert 4.0 < costs.influence_bytes / 2**20 < 7.0
+
+
+def test_bytes_of_bptt_grow_with_the_batch_and_batch_size_is_checked():
+    one, four = (estimate(cell(), batch_size=b).bptt_bytes_per_step for b in (1, 4))
+    assert 1.5 * one < four < 5 * one
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        estimate(cell(), 0)
