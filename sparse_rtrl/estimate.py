@@ -85,9 +85,7 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
     if x is None:
         size = getattr(cell, "input_size", None)
         if not isinstance(size, int):
-            raise ValueError(
-                f"x must be given: {type(cell).__name__} has no input_size to build an example input from"
-            )
+            raise ValueError(f"x must be given: {type(cell).__name__} has no input_size to build an example input from")
         x = reference.new_zeros(batch_size, size)
     with torch.no_grad():
         routing = cell.route(x, cell.initial_state(batch_size))

@@ -122,8 +122,8 @@ class _Capture(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        found = [self.tracked[id(a)] for a in _tensors_in((args, kwargs)) if id(a) in self.tracked]
-        if found and any(isinstance(r, Tensor) and r.requires_grad for r in _tensors_in(result)):
+        found = [self.tracked[key] for key in _ids_in(args, kwargs) if key in self.tracked]
+        if found and any(r.requires_grad for r in _tensors_in(result)):
             self.dense.update(parameter.name for parameter in found)
         return result
 
@@ -154,6 +154,17 @@ class _Capture(TorchFunctionMode):
         """``z (B * w, ..., j)``, equal in the ``w`` copies of a stream, as ``(B, τ, j)``."""
         first = z.detach().unflatten(0, (self.batch, self.width))[:, 0]
         return first.reshape(self.batch, -1, z.shape[-1])
+
+
+def _ids_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Identities of the arguments of a call and of the items of its lists and tuples; runs at every torch call."""
+    ids = [id(a) for a in args]
+    for a in args:
+        if type(a) is tuple or type(a) is list:
+            ids += _ids_in(tuple(a), {})
+    if kwargs:
+        ids += _ids_in(tuple(kwargs.values()), {})
+    return ids
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -360,8 +371,9 @@ class JacobianCapture:
         support = routing.support
         if width == 0:
             none = state.new_zeros(batch, 0, support.shape[1] * slot_size)
-            empty = Factors(state.new_zeros(batch, 0, 0), ())
-            return StepJacobian(none, routing, empty, Factors(empty.delta.unsqueeze(1), ())), None
+            core = Factors(state.new_zeros(batch, 0, 0), ())
+            expert = Factors(state.new_zeros(batch, routing.experts.shape[1], 0, 0), ())
+            return StepJacobian(none, routing, core, expert), None
         entries = support.unsqueeze(-1).expand(-1, -1, slot_size)
         h = state.gather(1, entries).repeat_interleave(width, 0).requires_grad_()
         h_read, h_write = h.split((routing.read.shape[1], routing.write.shape[1]), dim=1)

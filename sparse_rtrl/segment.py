@@ -88,73 +88,67 @@ def compose(steps: list[StepJacobian], groups: ParameterGroups, num_slots: int, 
 
 
 def _core_factors(steps: list[StepJacobian], deltas: list[Tensor]) -> GroupFactors:
-    """Join the terms of each parameter over the steps: factored terms side by side along ``τ``, dense ones summed."""
+    """Join the core's terms over the steps, ``deltas (B, w, Σ)`` one per step."""
     batch = deltas[0].shape[0]
     every = torch.arange(batch, device=deltas[0].device)
-    factored: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-    dense: dict[int, Tensor] = {}
-    for step, delta in zip(steps, deltas, strict=True):
-        for term in step.core.terms:
-            part = delta[..., term.delta_slice].unflatten(-1, (term.tau, term.m))
-            if term.z is None:
-                dense[term.offset] = dense[term.offset] + part if term.offset in dense else part
-            else:
-                parts, zs = factored.setdefault(term.offset, ([], []))
-                parts.append(part)
-                zs.append(term.z)
-    return GroupFactors(
-        every,
-        every,
-        [torch.cat(parts, 2) for parts, _ in factored.values()] + list(dense.values()),
-        [torch.cat(zs, 1) for _, zs in factored.values()] + [part.new_ones(batch, 1, 1) for part in dense.values()],
-        [*factored, *dense],
-    )
+    out = GroupFactors(every, every, [], [], [])
+    for indices in _equal_layouts([step.core.terms for step in steps]):
+        joined = torch.stack([deltas[i] for i in indices], 2)
+        zs = [torch.stack(z, 1) if z else None for z in _inputs([steps[i].core.terms for i in indices])]
+        _extend(out, steps[indices[0]].core.terms, joined, zs)
+    return out
 
 
 def _expert_factors(steps: list[StepJacobian], deltas: list[Tensor], num_experts: int) -> GroupFactors:
-    """Collect for every active (stream, expert) pair the steps in which it was active, padded with zeros."""
-    batch = deltas[0].shape[0]
-    device = deltas[0].device
-    if num_experts == 0:
-        none = torch.zeros(0, dtype=torch.int64, device=device)
-        return GroupFactors(none, none, [], [], [])
+    """Collect for every active (stream, expert) pair its uses, padded with zeros; ``deltas (B, k, w, Σ)`` per step."""
+    batch, device = deltas[0].shape[0], deltas[0].device
     stream_of = torch.arange(batch, device=device).unsqueeze(1)
-    keys = [(stream_of * num_experts + step.routing.experts).flatten() for step in steps]
-    pairs, place = torch.cat(keys).unique(return_inverse=True)
-    places = place.split([len(key) for key in keys])
+    keys = torch.stack([stream_of * max(num_experts, 1) + step.routing.experts for step in steps])  # (n, B, k)
+    pairs, place = keys.unique(return_inverse=True)
     active = torch.zeros(len(steps), len(pairs), dtype=torch.int64, device=device)
-    for t, at in enumerate(places):
-        active[t, at] = 1
-    nth_use = active.cumsum(0) - 1
+    active.scatter_(1, place.flatten(1), 1)
+    nth_use = (active.cumsum(0) - 1).gather(1, place.flatten(1)).view_as(place)
     uses = int(active.sum(0).max()) if len(pairs) else 0
-    width = deltas[0].shape[2]
-    out_deltas, out_zs, offsets = [], [], []
-    layouts = {key: term for step in steps for key, term in _numbered(step.expert.terms)}
-    for key, like in layouts.items():
-        joined = deltas[0].new_zeros(len(pairs), uses, width, like.tau, like.m)
-        j = 1 if like.z is None else like.z.shape[-1]
-        z_joined = deltas[0].new_zeros(len(pairs), uses, like.tau, j)
-        for t, (step, delta, at) in enumerate(zip(steps, deltas, places, strict=True)):
-            term = dict(_numbered(step.expert.terms)).get(key)
-            if term is not None:
-                part = delta[..., term.delta_slice].unflatten(-1, (term.tau, term.m)).flatten(0, 1)
-                joined[at, nth_use[t, at]] = part
-                z_joined[at, nth_use[t, at]] = 1.0 if term.z is None else term.z.flatten(0, 1)
-        offsets.append(like.offset)
-        if like.z is None:
-            out_deltas.append(joined.sum(1))
-            out_zs.append(z_joined.new_ones(len(pairs), 1, 1))
-        else:
-            out_deltas.append(joined.transpose(1, 2).flatten(2, 3))
-            out_zs.append(z_joined.flatten(1, 2))
-    streams = torch.div(pairs, num_experts, rounding_mode="floor")
-    return GroupFactors(streams, pairs, out_deltas, out_zs, offsets)
+    streams = torch.div(pairs, max(num_experts, 1), rounding_mode="floor")
+    out = GroupFactors(streams, pairs, [], [], [])
+    if num_experts == 0 or not len(pairs):
+        return GroupFactors(streams[:0], pairs[:0], [], [], [])
 
+    def join(values: list[Tensor], indices: list[int]) -> Tensor:
+        """Values ``(B, k, ...)``, one per step, to ``(M, uses, ...)``."""
+        joined = values[0].new_zeros(len(pairs), uses, *values[0].shape[2:])
+        joined[place[indices].flatten(), nth_use[indices].flatten()] = torch.stack(values).flatten(0, 2)
+        return joined
 
-def _numbered(terms: tuple[Term, ...]) -> list[tuple[tuple[int, bool, int, int], Term]]:
-    """Terms with a key that tells apart several uses of one parameter in a step, equal from step to step."""
-    out: list[tuple[tuple[int, bool, int, int], Term]] = []
-    for term in terms:
-        nth = sum(other.offset == term.offset for _, other in out)
-        out.append(((term.offset, term.z is None, term.tau, nth), term))
+    for indices in _equal_layouts([step.expert.terms for step in steps]):
+        joined = join([deltas[i] for i in indices], indices).transpose(1, 2)  # (M, w, uses, Σ)
+        zs = [join(z, indices) if z else None for z in _inputs([steps[i].expert.terms for i in indices])]
+        _extend(out, steps[indices[0]].expert.terms, joined, zs)
     return out
+
+
+def _equal_layouts(terms: list[tuple[Term, ...]]) -> list[list[int]]:
+    """Indices of the steps whose terms are laid out alike; all of them unless a parameter took the dense path late."""
+    groups: dict[tuple[tuple[int, int, int, bool], ...], list[int]] = {}
+    for index, step_terms in enumerate(terms):
+        layout = tuple((term.offset, term.tau, term.m, term.z is None) for term in step_terms)
+        groups.setdefault(layout, []).append(index)
+    return list(groups.values())
+
+
+def _inputs(terms: list[tuple[Term, ...]]) -> list[list[Tensor]]:
+    """The inputs of each term over the steps; empty for a term with ``z = 1``."""
+    return [[term.z for term in column if term.z is not None] for column in zip(*terms, strict=True)]
+
+
+def _extend(out: GroupFactors, terms: tuple[Term, ...], deltas: Tensor, zs: list[Tensor | None]) -> None:
+    """Add the terms of one layout: ``deltas (M, w, n, Σ)``, ``zs (M, n, τ, j)``; sums over ``n`` where ``z = 1``."""
+    for term, z in zip(terms, zs, strict=True):
+        part = deltas[..., term.delta_slice].unflatten(-1, (term.tau, term.m))  # (M, w, n, τ, m)
+        if z is None:
+            out.deltas.append(part.sum(2))
+            out.zs.append(part.new_ones(len(part), 1, 1))
+        else:
+            out.deltas.append(part.flatten(2, 3))
+            out.zs.append(z.flatten(1, 2))
+        out.offsets.append(term.offset)

@@ -79,8 +79,8 @@ class SlotMoECell(SlotCell):
 
     .. math::
         c &= \sum_{i \in read} \sigma(q \cdot k_i / \sqrt{d}) \, v_i, \qquad z = u + c, \\
-        (r, a, b) &= \mathrm{control}(z), \qquad m = \sum_{e \in experts} \sigma(r_e) \tanh(W_e z + w_e), \\
-        g_i &= \sigma(a + b \cdot s_i / \sqrt{D}), \qquad \tilde h_i = \tanh(Q s_i + m), \qquad Q^\top Q = I, \\
+        (r, a, b) &= \mathrm{control}(z), \qquad m = \sum_{e \in experts} \sigma(r_e) (W_e z + w_e), \\
+        g_i &= \sigma(a + b \cdot s_i / \sqrt{D}), \qquad \tilde h_i = \tanh(Q h_i + m), \qquad Q^\top Q = I, \\
         h_i &\leftarrow (1 - g_i) \odot h_i + g_i \odot \tilde h_i \qquad \text{for } i \in write.
 
     Read are the slots with the largest scores ``q · k_i``, summed over the heads; written those with the largest
@@ -142,6 +142,7 @@ class SlotMoECell(SlotCell):
         self.experts = ExpertBank(num_experts, slot_size, slot_size)
         self.core = parametrizations.orthogonal(nn.Linear(slot_size, slot_size, bias=False), orthogonal_map="cayley")
         self.readout = OutputAttention(input_size, slot_size, output_size)
+        nn.init.kaiming_normal_(self.query_token.weight)
         with torch.no_grad():
             self.control.bias[num_experts : num_experts + slot_size] = gate_bias
 
@@ -207,11 +208,11 @@ class SlotMoECell(SlotCell):
         mixed = token + (weights * self._heads(value)).sum(1).flatten(1)  # (B, D)
 
         logits, gate, write_query = self._control(mixed)
-        outputs = torch.tanh(self.experts(mixed.unsqueeze(1).expand(-1, self.top_k, -1), routing.experts))
+        outputs = self.experts(mixed.unsqueeze(1).expand(-1, self.top_k, -1), routing.experts)  # (B, k, D)
         expert_weights = torch.sigmoid(logits.gather(1, routing.experts))
         mixture = torch.matmul(expert_weights.unsqueeze(1), outputs)  # (B, 1, D)
 
         importance = torch.matmul(slots_write, write_query.unsqueeze(-1)) / math.sqrt(self.slot_size)  # (B, kw, 1)
-        candidate = torch.tanh(self.core(slots_write) + mixture)
+        candidate = torch.tanh(self.core(h_write) + mixture)
         h_write_new = torch.lerp(h_write, candidate, torch.sigmoid(gate.unsqueeze(1) + importance))
         return h_write_new, self.readout(x, torch.cat((h_read, h_write_new), dim=1) + identity)
