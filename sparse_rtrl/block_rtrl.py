@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_rtrl.engine import Engine
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.influence import CatchUp
-from sparse_rtrl.learner import Engine
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.slot_cell import Routing, SlotCell

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from sparse_rtrl import RTRL, ExpertBank, Routing, SlotCell, SlotMoECell, SparseLatentMoECell
+from sparse_rtrl.factor_capture import FactorCapture
 from sparse_rtrl.jacobian import JacobianCapture
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.segment import compose
@@ -147,12 +148,11 @@ def test_a_misread_factor_is_noticed(monkeypatch):
     """Where the factors of a map are wrong, the check against an ordinary backward pass takes the dense path."""
     torch.manual_seed(0)
     cell = OddCell("tied").double()
-    from sparse_rtrl import jacobian
 
     def ones(self, z):
         return torch.ones_like(z.detach()[:: self.width]).reshape(self.batch, -1, z.shape[-1])
 
-    monkeypatch.setattr(jacobian._Capture, "once", ones)
+    monkeypatch.setattr(FactorCapture, "once", ones)
     x, c = inputs(6, 2), cotangents(6, 2)
     with pytest.warns(UserWarning, match="weight"):
         found = online(RTRL(cell, 2, commit_every=1), x, c)

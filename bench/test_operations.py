@@ -1,0 +1,72 @@
+"""Micro-benchmarks of the operations and of a learning step: ``pytest bench``; CI runs them once, without timing."""
+
+import pytest
+import torch
+
+from sparse_rtrl import RTRL, CircularTree, SlotMoECell, ops
+
+torch.set_num_threads(1)
+
+
+def slots(batch: int, num_slots: int, k: int) -> torch.Tensor:
+    return torch.stack([torch.randperm(num_slots)[:k] for _ in range(batch)])
+
+
+@pytest.mark.parametrize(("batch", "w", "r", "columns"), [(1, 64, 128, 8192), (16, 32, 64, 4096)])
+def test_influence_update(benchmark, batch, w, r, columns):
+    """``2 * B * w * (r + τ) * N`` flop."""
+    torch.manual_seed(0)
+    slot_size = w // 2
+    num_slots = r // slot_size
+    P = torch.randn(batch, num_slots * slot_size + 1, columns)
+    before = P.clone()
+    write, read = slots(batch, num_slots, 2), slots(batch, num_slots, num_slots - 2)
+    every = torch.arange(batch)
+    m, j = 32, columns // 32
+    arguments = (
+        torch.randn(batch, w, r) / r**0.5,
+        write,
+        torch.cat((read, write), 1),
+        None,
+        every,
+        every,
+        [torch.randn(batch, w, 2, m)],
+        [torch.randn(batch, 2, j)],
+        [0],
+    )
+    benchmark(lambda: ops.influence_update_(P, *arguments))
+    kept = [s for s in range(num_slots) if s not in write[0].tolist()]
+    assert not torch.equal(P, before)
+    for s in kept:
+        assert torch.equal(P[0, s * slot_size : (s + 1) * slot_size], before[0, s * slot_size : (s + 1) * slot_size])
+
+
+def test_tree_append_and_query(benchmark):
+    torch.manual_seed(0)
+    tree = CircularTree(64, 4, 16, 8)
+    write, read = slots(4, 16, 2), slots(4, 16, 2)
+    Jh = torch.randn(4, 16, 32) / 6
+
+    def step() -> None:
+        tree.append(Jh, write, torch.cat((read, write), 1))
+        tree.suffix(max(0, tree.count - 48))
+
+    benchmark(step)
+    assert tree.merges <= tree.count
+
+
+@pytest.mark.parametrize("commit_every", [1, 8])
+def test_learning_step(benchmark, commit_every):
+    torch.manual_seed(0)
+    cell = SlotMoECell(
+        input_size=8, slot_size=16, num_slots=4, num_experts=4, top_k=2, read_slots=2, write_slots=2, output_size=4
+    )
+    learner = RTRL(cell, 16, commit_every=commit_every)
+    x = torch.randn(16, 8)
+
+    def step() -> None:
+        learner(x).sum().backward()
+        cell.zero_grad()
+
+    benchmark(step)
+    assert float(learner.influence()["core.weight"].norm()) > 0
