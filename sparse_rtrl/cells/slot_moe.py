@@ -80,12 +80,15 @@ class SlotMoECell(SlotCell):
     .. math::
         c &= \sum_{i \in read} \sigma(q \cdot k_i / \sqrt{d}) \, v_i, \qquad z = u + c, \\
         (r, a, b) &= \mathrm{control}(z), \qquad m = \sum_{e \in experts} \sigma(r_e) (W_e z + w_e), \\
-        g_i &= \sigma(a + b \cdot s_i / \sqrt{D}), \qquad \tilde h_i = \tanh(Q h_i + m), \qquad Q^\top Q = I, \\
+        g_i &= \mathrm{clip}(\tfrac12 + \tfrac12 a + \tfrac16 b \cdot s_i / \sqrt{D}, 0, 1), \\
+        \tilde h_i &= \tanh(Q h_i + m), \qquad Q^\top Q = I, \\
         h_i &\leftarrow (1 - g_i) \odot h_i + g_i \odot \tilde h_i \qquad \text{for } i \in write.
 
     Read are the slots with the largest scores ``q · k_i``, summed over the heads; written those with the largest
     importance ``b · s_i``; active the experts with the largest ``r_e``. Each score is also the soft weight of what it
-    selects, so selection trains. Sigmoid weights, unlike a softmax, train also when only one item is selected.
+    selects, so selection trains. Sigmoid weights, unlike a softmax, train also when only one item is selected. The
+    piecewise linear gate can close completely, so that content survives any number of steps; a sigmoid only gets small,
+    and its leak empties a slot after some thousand steps.
 
     Args:
         input_size: size of the input of a step.
@@ -97,7 +100,8 @@ class SlotMoECell(SlotCell):
         write_slots: slots written in a step.
         output_size: size of the output.
         num_heads: attention heads; must divide ``slot_size``.
-        gate_bias: initial bias of the write gates; the more negative, the longer an untrained cell remembers.
+        gate_bias: initial bias of ``a``; the more negative, the longer an untrained cell remembers. At or below -1 the
+            gates of an untrained cell are closed and do not train.
 
     Raises:
         ValueError: if the sizes do not fit together.
@@ -114,7 +118,7 @@ class SlotMoECell(SlotCell):
         write_slots: int,
         output_size: int,
         num_heads: int = 4,
-        gate_bias: float = -2.0,
+        gate_bias: float = -0.5,
     ) -> None:
         super().__init__(num_slots, slot_size, num_experts)
         check_sizes(
@@ -214,5 +218,7 @@ class SlotMoECell(SlotCell):
 
         importance = torch.matmul(slots_write, write_query.unsqueeze(-1)) / math.sqrt(self.slot_size)  # (B, kw, 1)
         candidate = torch.tanh(self.core(h_write) + mixture)
-        h_write_new = torch.lerp(h_write, candidate, torch.sigmoid(gate.unsqueeze(1) + importance))
+        # hardsigmoid(y) = clip(1/2 + y/6, 0, 1); the factor makes gates quick to learn to close.
+        gate = F.hardsigmoid(torch.add(importance, gate.unsqueeze(1), alpha=3.0))  # (B, kw, D)
+        h_write_new = torch.lerp(h_write, candidate, gate)
         return h_write_new, self.readout(x, torch.cat((h_read, h_write_new), dim=1) + identity)
