@@ -1,6 +1,7 @@
 """Exact online gradients for recurrent networks with slot memory and mixtures of experts."""
 
 from sparse_rtrl.block_rtrl import BlockRTRL, get_expert_latent_activated
+from sparse_rtrl.carry import Carry
 from sparse_rtrl.cells import SlotMoECell, SparseLatentMoECell
 from sparse_rtrl.check import check_cell
 from sparse_rtrl.errors import ContractError, NonFiniteError
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RTRL",
     "BlockRTRL",
+    "Carry",
     "CircularTree",
     "ContractError",
     "Estimate",

@@ -29,7 +29,7 @@ def get_expert_latent_activated(
         Active parameters by name, core parameters and ``name.e`` for each active expert ``e`` of a stacked one; the
         sorted state entries written by any stream; the sorted state entries read by any stream.
     """
-    groups = ParameterGroups(model)
+    groups = ParameterGroups.of_cell(model)
     experts = info["idx_experts"].unique().tolist()
     active = {p.name: p.tensor for p in groups.core}
     active |= {f"{p.name}.{e}": p.tensor[e] for p in groups.expert for e in experts}

@@ -49,7 +49,7 @@ class Engine:
         self._build()
 
     def _build(self) -> None:
-        self.groups = ParameterGroups(self.cell)
+        self.groups = ParameterGroups.of_cell(self.cell)
         if not self.groups.all:
             raise ValueError("cell has no trainable recurrent parameter: there is no influence to carry")
         # Recurrent parameters that are frozen now, watched in case they are unfrozen later.

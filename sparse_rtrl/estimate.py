@@ -80,7 +80,7 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    groups = ParameterGroups(cell)
+    groups = ParameterGroups.of_cell(cell)
     reference = next(cell.parameters())
     if x is None:
         size = getattr(cell, "input_size", None)

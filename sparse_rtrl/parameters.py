@@ -76,27 +76,35 @@ def _tensors_of(cell: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield f"{prefix}.{name}" if prefix else name, module, name
 
 
+@dataclass(frozen=True)
 class ParameterGroups:
-    """The recurrent parameters of a cell: the core group, and one group of equal layout per expert.
+    """The parameters that carry influence: the core group, and one group of equal layout per expert.
 
-    Args:
-        cell: the cell; parameters under ``cell.readout`` and frozen ones are left out.
-
-    Raises:
-        ValueError: if an expert parameter is not stacked over the experts or is shared with another module.
+    Attributes:
+        core: parameters that are always active.
+        expert: stacked parameters of the experts.
+        num_experts: ``E``; 0 without expert parameters.
     """
 
-    def __init__(self, cell: SlotCell) -> None:
+    core: list[RecurrentParameter]
+    expert: list[RecurrentParameter]
+    num_experts: int
+
+    @classmethod
+    def of_cell(cls, cell: SlotCell) -> ParameterGroups:
+        """The trainable recurrent parameters of a cell; those under ``cell.readout`` are left out.
+
+        Raises:
+            ValueError: if an expert parameter is not stacked over the experts or is shared with another module.
+        """
         banks = [module for module in cell.modules() if isinstance(module, ExpertBank)]
         in_banks = {id(module) for bank in banks for module in bank.modules()}
         tensors = list(_tensors_of(cell))
         expert_sources = {
             id(source) for _, owner, name in tensors if id(owner) in in_banks for source in _sources(owner, name)
         }
-        self.core: list[RecurrentParameter] = []
-        self.expert: list[RecurrentParameter] = []
-        self.core_columns = 0
-        self.expert_columns = 0
+        core: list[RecurrentParameter] = []
+        experts: list[RecurrentParameter] = []
         seen: set[int] = set()
         for name, owner, attribute in tensors:
             sources = _sources(owner, attribute)
@@ -112,18 +120,25 @@ class ParameterGroups:
                 raise ValueError(f"the parametrization of {name} shares a part of its parameters with another tensor")
             seen |= shared
             shape = getattr(owner, attribute).shape
-            if expert:
-                if len(shape) == 0 or shape[0] != cell.num_experts:
-                    raise ValueError(
-                        f"expert parameter {name} must have num_experts = {cell.num_experts} as its first dimension,"
-                        f" got shape {tuple(shape)}"
-                    )
-                self.expert.append(RecurrentParameter(name, owner, attribute, True, shape[1:], self.expert_columns))
-                self.expert_columns += shape[1:].numel()
-            else:
-                self.core.append(RecurrentParameter(name, owner, attribute, False, shape, self.core_columns))
-                self.core_columns += shape.numel()
-        self.num_experts = cell.num_experts if self.expert else 0
+            if expert and (len(shape) == 0 or shape[0] != cell.num_experts):
+                raise ValueError(
+                    f"expert parameter {name} must have num_experts = {cell.num_experts} as its first dimension,"
+                    f" got shape {tuple(shape)}"
+                )
+            group = experts if expert else core
+            start = group[-1].columns.stop if group else 0
+            group.append(RecurrentParameter(name, owner, attribute, expert, shape[1:] if expert else shape, start))
+        return cls(core, experts, cell.num_experts if experts else 0)
+
+    @property
+    def core_columns(self) -> int:
+        """Columns of a core influence matrix, ``N_core``."""
+        return self.core[-1].columns.stop if self.core else 0
+
+    @property
+    def expert_columns(self) -> int:
+        """Columns of an expert's influence matrix, ``N_expert``."""
+        return self.expert[-1].columns.stop if self.expert else 0
 
     @property
     def all(self) -> list[RecurrentParameter]:

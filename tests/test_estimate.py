@@ -17,7 +17,7 @@ def test_many_sleeping_experts_ask_for_shorter_windows_than_few():
     with torch.no_grad():
         few, many = (cell(num_experts=e, num_slots=16) for e in (2, 512))
         counts = [
-            choose_commit_every(c, ParameterGroups(c), c.route(torch.zeros(1, 4), c.initial_state(1)))
+            choose_commit_every(c, ParameterGroups.of_cell(c), c.route(torch.zeros(1, 4), c.initial_state(1)))
             for c in (few, many)
         ]
     assert counts[0] > counts[1] == 1

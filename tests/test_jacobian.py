@@ -27,7 +27,7 @@ def ready_cells():
 
 
 def captured(cell, x, state, routing):
-    groups = ParameterGroups(cell)
+    groups = ParameterGroups.of_cell(cell)
     capture = JacobianCapture(cell, groups)
     with parametrize.cached():
         step = capture.step(x, state, routing, [p.tensor for p in groups.all])
