@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.errors import ContractError
-from sparse_rtrl.influence import CatchUp
+from sparse_rtrl.influence import CatchUp, check_finite
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.slot_cell import Routing, SlotCell
@@ -110,28 +110,43 @@ class BlockRTRL:
             raise ValueError(
                 f"h_t must have shape {(self.B, model.num_slots, model.slot_size)}, got {tuple(h_t.shape)}"
             )
+        if not h_t.is_leaf:
+            raise ValueError("h_t must be detached from the step before: h_t = h_next.detach()")
+        if x_t.requires_grad:
+            raise ValueError("x_t must not require a gradient: make the parameters before the model a part of it")
+        if loss is not None and not loss.requires_grad:
+            raise ValueError("loss must depend on the model's output; it does not require a gradient")
+        if loss is not None and not h_t.requires_grad:
+            raise ValueError("h_t must be the very tensor that was given to the model, which marks it for gradients")
         entered = h_t.detach()
         with torch.no_grad():
             routing = model.route(x_t, entered)
         engine.check_routing(routing)
         self._check_lists(model, routing, set(active_params), set(read_idx), set(write_idx))
         with torch.nn.utils.parametrize.cached():
-            step = engine.step(x_t.detach(), entered, routing, engine.checked_tensors())
-        if loss is not None and not loss.requires_grad:
-            raise ValueError("loss must depend on the model's output; it does not require a gradient")
-        if loss is not None and not h_t.requires_grad:
-            raise ValueError("h_t must be the very tensor that was given to the model, which marks it for gradients")
+            step = engine.step(x_t, entered, routing, engine.checked_tensors(), engine.steps)
+        u = None if loss is None else self._backward(loss, h_t)
         engine.influence.record([step])
         engine.steps += 1
-        if loss is not None:
-            received: list[Tensor] = []
-            hook = h_t.register_hook(received.append)
-            loss.backward()
-            hook.remove()
-            if received:
-                engine.add_to_grad(*engine.influence.loss_gradient(0, received[0].flatten(1)))
+        if u is not None:
+            engine.add_to_grad(*engine.influence.loss_gradient(0, u, engine.steps - 1))
         engine.influence.commit()
         engine.flush()
+
+    def _backward(self, loss: Tensor, h_t: Tensor) -> Tensor | None:
+        """Send the loss backwards and return ``dL/dh_t (B, H)``; None if it does not depend on the state."""
+        assert self._engine is not None
+        received: list[Tensor] = []
+        hook = h_t.register_hook(received.append)
+        try:
+            loss.backward()
+        finally:
+            hook.remove()
+        if not received:
+            return None
+        u = received[0].flatten(1)
+        check_finite(self._engine.steps, {"the gradient of the loss": u})
+        return u
 
     def flush(self) -> None:
         """Add to ``.grad`` what sleeping experts are owed; :meth:`step` has done so already."""
@@ -141,8 +156,7 @@ class BlockRTRL:
     def reset(self, streams: Tensor | None = None) -> None:
         """Clear the influence of some streams ``(B,)`` bool, or of all; the caller resets ``h_t``."""
         if self._engine is not None:
-            every = torch.ones(self.B, dtype=torch.bool, device=self._engine.device)
-            self._engine.influence.reset(every if streams is None else streams)
+            self._engine.influence.reset(self._engine.checked_mask(streams))
 
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every recurrent parameter, ``(B, H, *shape)``; empty before the first step."""
@@ -151,15 +165,17 @@ class BlockRTRL:
     def state_dict(self) -> dict[str, Any]:
         """Influence and tree; empty before the first step."""
         if self._engine is None:
-            return {}
+            return self._pending_state or {}
         return {"version": 1, "influence": self._engine.influence.state_dict(), "steps": self._engine.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; takes effect at the next step if the model is not known yet."""
         if state and state.get("version") != 1:
             raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
-        if self._engine is None:
-            self._pending_state = state or None
+        if not state:
+            self._engine = self._pending_state = None
+        elif self._engine is None:
+            self._pending_state = state
         else:
             self._engine.influence.load_state_dict(state["influence"])
             self._engine.steps = state["steps"]
@@ -180,10 +196,11 @@ class BlockRTRL:
         ]
         if missing:
             raise ValueError(f"state_params must name every trainable recurrent parameter; missing: {missing}")
-        self._engine = engine
         if self._pending_state is not None:
-            self.load_state_dict(self._pending_state)
+            engine.influence.load_state_dict(self._pending_state["influence"])
+            engine.steps = self._pending_state["steps"]
             self._pending_state = None
+        self._engine = engine
         return engine
 
     def _check_lists(
@@ -196,8 +213,8 @@ class BlockRTRL:
             if not used <= given:
                 violations.append(f"{name} must hold every state entry of the step; missing {sorted(used - given)}")
         experts = routing.experts.unique().tolist()
-        names = {p.name for p in self._engine.groups.core}
-        names |= {f"{p.name}.{e}" for p in self._engine.groups.expert for e in experts}
+        names = {p.name for p in self._engine.groups.core if p.trainable}
+        names |= {f"{p.name}.{e}" for p in self._engine.groups.expert if p.trainable for e in experts}
         if not names <= active:
             violations.append(f"active_params must name every active parameter; missing {sorted(names - active)}")
         if violations:

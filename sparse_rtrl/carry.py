@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparse_rtrl.errors import NonFiniteError
 from sparse_rtrl.estimate import check_memory
 from sparse_rtrl.graph_capture import GraphCapture, walk
-from sparse_rtrl.influence import Influence
+from sparse_rtrl.influence import Influence, check_finite
 from sparse_rtrl.jacobian import Factors, StepJacobian
 from sparse_rtrl.parameters import ParameterGroups, RecurrentParameter
 from sparse_rtrl.slot_cell import Routing
@@ -249,10 +248,8 @@ class Carry:
             raise
         finally:
             self._capturing = False
-        for what, value in (("the state", end), ("the state Jacobian", J), ("the immediate Jacobian", factors.delta)):
-            bad = ~torch.isfinite(value.detach()).flatten(1).all(1)
-            if bool(bad.any()):
-                raise NonFiniteError(self._segments, bad.nonzero().flatten().tolist(), what)
+        values = {"the state": end, "the state Jacobian": J, "the immediate Jacobian": factors.delta}
+        check_finite(self._segments, values)
         steps = max((term.tau for term in factors.terms), default=1)
         if self._window_is_full(end.shape[1]):
             self._influence.commit()
@@ -304,7 +301,7 @@ class Carry:
                     "backward came too late: the influence has moved past this segment. Call backward before the next"
                     " carry(h) or reset, or raise commit_every"
                 )
-            core, experts = self._influence.loss_gradient(position, u)
+            core, experts = self._influence.loss_gradient(position, u, index)
             parts = self._groups.split(core, experts)
             out = {p.name: g.to(p.tensor.dtype) for p, g in zip(self._groups.core, parts, strict=True)}
         return [out.get(p.name) for p in self._selected]

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.expert_bank import ExpertBank
 from sparse_rtrl.reference import slot_entries
-from sparse_rtrl.slot_cell import Routing, SlotCell
+from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots
 
 
 def check_cell(cell: SlotCell, x: Tensor, h: Tensor) -> None:
@@ -18,7 +18,8 @@ def check_cell(cell: SlotCell, x: Tensor, h: Tensor) -> None:
 
     Checked are: the written slots and the output depend only on declared slots; other slots are copied bit for bit;
     experts that are not active have no influence; parameters under ``readout`` do not reach the state; every parameter
-    receives some gradient; rows of the batch do not influence each other.
+    receives some gradient; rows of the batch do not influence each other; ``transition`` is the first part of
+    ``update``.
 
     Args:
         cell: the cell.
@@ -31,7 +32,6 @@ def check_cell(cell: SlotCell, x: Tensor, h: Tensor) -> None:
     cell = copy.deepcopy(cell).double()
     x = x.detach().double() if x.is_floating_point() else x
     h = h.detach().double().requires_grad_()
-    batch = h.shape[0]
     if tuple(h.shape[1:]) != (cell.num_slots, cell.slot_size):
         raise ValueError(f"h must have shape (B, {cell.num_slots}, {cell.slot_size}), got {tuple(h.shape)}")
     with torch.enable_grad():
@@ -40,7 +40,7 @@ def check_cell(cell: SlotCell, x: Tensor, h: Tensor) -> None:
     violations = _index_violations(routing, cell)
     if not violations:
         violations = _state_violations(routing, h, new, output, cell)
-        violations += _parameter_violations(routing, new, output, cell, batch)
+        violations += _parameter_violations(x, h, routing, new, output, cell)
     if violations:
         raise ContractError(violations)
 
@@ -99,29 +99,42 @@ def _state_violations(routing: Routing, h: Tensor, new: Tensor, output: Tensor, 
     return out
 
 
-def _parameter_violations(routing: Routing, new: Tensor, output: Tensor, cell: SlotCell, batch: int) -> list[str]:
-    out = []
+def _parameter_violations(
+    x: Tensor, h: Tensor, routing: Routing, new: Tensor, output: Tensor, cell: SlotCell
+) -> list[str]:
     named = [(n, p) for n, p in cell.named_parameters() if p.requires_grad]
+    in_banks = {id(p) for m in cell.modules() if isinstance(m, ExpertBank) for p in m.parameters()}
     generator = torch.Generator(device="cpu").manual_seed(0)
+    of_state, of_output = (
+        torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value) for value in (new, output)
+    )
 
-    def gradients(value: Tensor) -> list[Tensor]:
+    def gradients(value: Tensor, cotangent: Tensor) -> list[Tensor]:
         if not value.requires_grad:
             return [torch.zeros_like(p) for _, p in named]
-        cotangent = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
         grads = torch.autograd.grad(value, [p for _, p in named], cotangent, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(grads, named, strict=True)]
 
-    of_state, of_output = gradients(new), gradients(output)
-    in_banks = {id(p) for m in cell.modules() if isinstance(m, ExpertBank) for p in m.parameters()}
-    for (name, parameter), state_grad, output_grad in zip(named, of_state, of_output, strict=True):
-        if name.startswith("readout.") and bool(state_grad.any()):
-            out.append(f"readout parameter {name} reaches the state")
-        if id(parameter) in in_banks:
-            idle = [e for e in range(cell.num_experts) if not bool((routing.experts == e).any())]
-            both = (state_grad.abs() + output_grad.abs()).flatten(1).sum(1)
-            wrong = [e for e in idle if bool(both[e])]
-            if wrong:
-                out.append(f"inactive experts {wrong} have influence through {name}")
-        if not bool(state_grad.any()) and not bool(output_grad.any()):
-            out.append(f"no gradient reaches parameter {name}")
+    out = []
+    reached: set[str] = set()
+    for stream in range(len(h)):
+        only = torch.zeros(len(h), dtype=torch.float64, device=h.device)
+        only[stream] = 1.0
+        state_grads = gradients(new, of_state * only.view(-1, *[1] * (new.dim() - 1)))
+        output_grads = gradients(output, of_output * only.view(-1, *[1] * (output.dim() - 1)))
+        idle = [e for e in range(cell.num_experts) if e not in routing.experts[stream].tolist()]
+        for (name, parameter), state_grad, output_grad in zip(named, state_grads, output_grads, strict=True):
+            if bool(state_grad.any()) or bool(output_grad.any()):
+                reached.add(name)
+            if name.startswith("readout.") and bool(state_grad.any()):
+                out.append(f"readout parameter {name} reaches the state of stream {stream}")
+            if id(parameter) in in_banks:
+                both = (state_grad.abs() + output_grad.abs()).flatten(1).sum(1)
+                wrong = [e for e in idle if bool(both[e])]
+                if wrong:
+                    out.append(f"inactive experts {wrong} have influence through {name} in stream {stream}")
+    out += [f"no gradient reaches parameter {name}" for name, _ in named if name not in reached]
+    h_read, h_write = gather_slots(h, routing.read), gather_slots(h, routing.write)
+    if not torch.equal(cell.transition(x, h_read, h_write, routing), cell.update(x, h_read, h_write, routing)[0]):
+        out.append("transition differs from what update returns first")
     return out

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.estimate import check_memory
-from sparse_rtrl.influence import CatchUp, Influence
+from sparse_rtrl.influence import CatchUp, Influence, check_finite
 from sparse_rtrl.jacobian import JacobianCapture, StepJacobian
 from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.precision import full_precision
 from sparse_rtrl.slot_cell import Routing, SlotCell
 
 
@@ -39,6 +40,10 @@ class Engine:
             for name, module in cell.named_modules()
             for why in _refusals(module)
         ]
+        if type(cell).forward is not SlotCell.forward:
+            refused.append(f"{type(cell).__name__} overrides forward, which a learner does not call; override update")
+        if cell.initial_state(batch_size).requires_grad:
+            refused.append("initial_state requires a gradient: a trained initial state is not carried; detach it")
         if refused:
             raise ContractError(refused)
         self.cell = cell
@@ -74,6 +79,7 @@ class Engine:
             like.device,
         )
 
+    @full_precision
     def tensors(self) -> list[Tensor]:
         """The tensors the cell uses now for its recurrent parameters, in the order of ``groups.all``."""
         return [p.tensor for p in self.groups.all]
@@ -105,7 +111,7 @@ class Engine:
         self._build()
         self.influence.adopt(old)
 
-    def step(self, x: Tensor, state: Tensor, routing: Routing, tensors: list[Tensor]) -> StepJacobian:
+    def step(self, x: Tensor, state: Tensor, routing: Routing, tensors: list[Tensor], number: int) -> StepJacobian:
         """Capture one step and check that its Jacobians are finite. Changes nothing.
 
         Args:
@@ -113,6 +119,10 @@ class Engine:
             state: state that enters the step, ``(B, S, D)``, detached.
             routing: what the step touches.
             tensors: from :meth:`checked_tensors`.
+            number: number of the step, for messages.
+
+        Returns:
+            State Jacobian and factored immediate Jacobians.
 
         Raises:
             NonFiniteError: if a Jacobian holds NaN or infinity.
@@ -120,20 +130,28 @@ class Engine:
         step = self.capture.step(x, state, routing, tensors)
         total = step.Jh.sum() + step.core.delta.sum() + step.expert.delta.sum()
         if not torch.isfinite(total):
-            self._raise_non_finite(step)
+            self._raise_non_finite(step, tensors, number)
         return step
 
-    def _raise_non_finite(self, step: StepJacobian) -> None:
-        kinds = [("the state Jacobian", step.Jh), ("the immediate Jacobian of the core group", step.core.delta)]
-        for name, value in kinds:
-            bad = (~torch.isfinite(value.flatten(1))).any(1)
-            if bool(bad.any()):
-                raise NonFiniteError(self.steps, bad.nonzero().flatten().tolist(), name)
-        bad = (~torch.isfinite(step.expert.delta)).flatten(2).any(2)  # (B, k)
-        if bool(bad.any()):
-            experts = sorted(set(step.routing.experts[bad].tolist()))
-            streams = bad.any(1).nonzero().flatten().tolist()
-            raise NonFiniteError(self.steps, streams, f"the immediate Jacobian of experts {experts}")
+    def _raise_non_finite(self, step: StepJacobian, tensors: list[Tensor], number: int) -> None:
+        """Name the parameters, or else the Jacobian, that hold NaN or infinity."""
+        every = list(range(self.batch_size))
+        for parameter, tensor in zip(self.groups.all, tensors, strict=True):
+            bad = ~torch.isfinite(tensor.detach())
+            if parameter.expert:
+                broken = bad.flatten(1).any(1)[step.routing.experts]  # (B, k)
+                if bool(broken.any()):
+                    experts = sorted(set(step.routing.experts[broken].tolist()))
+                    streams = broken.any(1).nonzero().flatten().tolist()
+                    raise NonFiniteError(number, streams, f"{parameter.name} of experts {experts}")
+            elif bool(bad.any()):
+                raise NonFiniteError(number, every, f"{parameter.name} (core)")
+        values = {
+            "the state Jacobian": step.Jh,
+            "the immediate Jacobian of the core group": step.core.delta,
+            "the immediate Jacobian of the active experts": step.expert.delta,
+        }
+        check_finite(number, values)
 
     def add_to_grad(self, core: Tensor, experts: Tensor) -> None:
         """Add gradients with respect to the carried tensors to ``.grad``, back through parametrizations."""
@@ -142,14 +160,24 @@ class Engine:
                 continue
             with torch.enable_grad():
                 tensor = parameter.tensor
-            if tensor.is_leaf:
-                tensor.grad = gradient.clone() if tensor.grad is None else tensor.grad.add_(gradient)
-            else:
-                torch.autograd.backward(tensor, gradient)
+            torch.autograd.backward(tensor, gradient)
 
     def flush(self) -> None:
         """Add to ``.grad`` what sleeping experts are owed and every loss row that was not handed out yet."""
         self.add_to_grad(*self.influence.flush())
+
+    def checked_mask(self, streams: Tensor | None) -> Tensor:
+        """A mask of streams ``(B,)`` on the engine's device; None stands for all.
+
+        Raises:
+            ValueError: if it is no boolean mask of that shape.
+        """
+        if streams is None:
+            return torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        got = f"{streams.dtype} {tuple(streams.shape)}" if isinstance(streams, Tensor) else type(streams).__name__
+        if got != f"{torch.bool} ({self.batch_size},)":
+            raise ValueError(f"streams must be a bool mask of shape ({self.batch_size},), got {got}")
+        return streams.to(self.device)
 
     def check_routing(self, routing: Routing) -> None:
         """Check that a routing is well formed.

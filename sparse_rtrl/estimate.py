@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.slot_cell import Routing, SlotCell
 
-MAX_COMMIT_EVERY = 64
+MAX_COMMIT_EVERY = 16
 """Longest window that ``commit_every="auto"`` chooses: captured steps cost memory and a pass per loss."""
 
 
@@ -75,6 +75,9 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
         x: an input of one step ``(B, ...)``; by default zeros ``(B, cell.input_size)``.
         buffer: segments kept in the circular tree.
 
+    Returns:
+        The costs; printed, they come with their formulas.
+
     Raises:
         ValueError: if ``x`` is not given and the cell has no ``input_size``.
     """
@@ -89,6 +92,7 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
         x = reference.new_zeros(batch_size, size)
     with torch.no_grad():
         routing = cell.route(x, cell.initial_state(batch_size))
+    commit_every = choose_commit_every(cell, groups, routing)
     saved_bytes = _saved_bytes(cell, x, batch_size)
     item = reference.element_size()
     hidden = cell.hidden_size
@@ -103,20 +107,30 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
         expert_parameters=groups.expert_columns,
         num_experts=groups.num_experts,
         influence_bytes=influence_bytes,
-        tree_bytes=tree_bytes(cell, batch_size, routing, buffer, item),
+        tree_bytes=tree_bytes(cell, batch_size, routing, buffer, commit_every, item),
         bptt_bytes_per_step=saved_bytes,
         break_even_length=influence_bytes / max(saved_bytes, 1),
         step_flops=2.0 * w * (r + 1) * active * batch_size,
-        commit_every=choose_commit_every(cell, groups, routing),
+        commit_every=commit_every,
     )
 
 
-def tree_bytes(cell: SlotCell, batch_size: int, routing: Routing, buffer: int, item: int) -> int:
-    """Bytes of a full circular tree, ``min(S, 2^level k)`` blocks a side at each level."""
+def tree_bytes(cell: SlotCell, batch_size: int, routing: Routing, buffer: int, commit_every: int, item: int) -> int:
+    """Most bytes that a circular tree holds, ``min(S, 2^level k)`` blocks a side at each level.
+
+    Args:
+        cell: the cell.
+        batch_size: streams ``B``.
+        routing: of one step, for ``kw`` and ``kr``.
+        buffer: segments that the tree keeps.
+        commit_every: steps per segment; one of several steps covers the slots that any stream touched.
+        item: bytes per number.
+    """
+    steps = 1 if commit_every == 1 else commit_every * batch_size
     total = 0
     for level in range(buffer.bit_length()):
-        rows = min(cell.num_slots, routing.write.shape[1] << level)
-        cols = min(cell.num_slots, routing.support.shape[1] << level)
+        rows = min(cell.num_slots, (steps * routing.write.shape[1]) << level)
+        cols = min(cell.num_slots, (steps * routing.support.shape[1]) << level)
         total += (buffer >> level) * rows * cols
     return total * item * batch_size * cell.slot_size**2
 

@@ -28,9 +28,10 @@ def expert_linear(z: Tensor, weight: Tensor, bias: Tensor | None, experts: Tenso
     batch, k = experts.shape
     # index_select: its backward is an index_add, far cheaper than that of advanced indexing.
     active = weight.index_select(0, experts.reshape(-1)).unflatten(0, (batch, k))
-    y = torch.matmul(z.reshape(batch, k, -1, z.shape[-1]), active.transpose(-1, -2))
+    positions = z.shape[2:-1].numel()
+    y = torch.matmul(z.reshape(batch, k, positions, z.shape[-1]), active.transpose(-1, -2))
     if bias is not None:
-        y = y + bias.index_select(0, experts.reshape(-1)).view(batch, k, 1, -1)
+        y = y + bias.index_select(0, experts.reshape(-1)).view(batch, k, 1, weight.shape[1])
     return y.reshape(*z.shape[:-1], weight.shape[1])
 
 

@@ -116,7 +116,8 @@ class FactorCapture(TorchFunctionMode):
     def once(self, z: Tensor) -> Tensor:
         """``z (B * w, ..., j)``, equal in the ``w`` copies of a stream, as ``(B, τ, j)``."""
         first = z.detach().unflatten(0, (self.batch, self.width))[:, 0]
-        return first.reshape(self.batch, -1, z.shape[-1])
+        # A copy: a view would keep all w copies alive as long as the captured step.
+        return first.reshape(self.batch, -1, z.shape[-1]).clone()
 
 
 def _ids_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -218,13 +219,15 @@ def _embedding(capture: FactorCapture, index: Tensor, weight: Tensor, *args: Any
     parameter = capture.find(weight)
     if parameter is None or index.dim() < 1 or index.shape[0] != capture.batch * capture.width or args:
         return NotImplemented
-    if any(kwargs.get(name) for name in ("scale_grad_by_freq", "sparse", "max_norm")) or kwargs.get("padding_idx"):
+    if any(kwargs.get(name) for name in ("scale_grad_by_freq", "sparse", "max_norm")):
+        return NotImplemented
+    if kwargs.get("padding_idx") is not None:
         return NotImplemented
     y = F.embedding(index, weight.detach())
 
     def build(grad: Tensor) -> list[Piece]:
         delta = capture.per_row(grad)  # (B, w, τ, d)
-        rows = index.view(capture.batch, capture.width, -1, 1).expand_as(delta)
+        rows = index.reshape(capture.batch, capture.width, -1, 1).expand_as(delta)
         dense = delta.new_zeros(capture.batch, capture.width, *weight.shape).scatter_add_(2, rows, delta)
         return [(parameter, flat_row(dense), None)]
 
@@ -241,15 +244,16 @@ def _expert_linear(capture: FactorCapture, z: Tensor, weight: Tensor, bias: Tens
         return NotImplemented
     batch, width, k = capture.batch, capture.width, experts.shape[1]
     # One product per stream and expert serves all w copies of the stream.
-    inputs = z.reshape(batch, width, k, -1, z.shape[-1]).transpose(1, 2)  # (B, k, w, τ, j)
+    positions = z.shape[2:-1].numel()
+    inputs = z.reshape(batch, width, k, positions, z.shape[-1]).transpose(1, 2)  # (B, k, w, τ, j)
     y = expert_linear(inputs, weight.detach(), _untracked(bias), capture.experts)
     y = y.transpose(1, 2).reshape(*z.shape[:-1], weight.shape[1])
 
     def build(grad: Tensor) -> list[Piece]:
-        delta = grad.reshape(batch, width, k, -1, grad.shape[-1]).transpose(1, 2)  # (B, k, w, τ, m)
+        delta = grad.reshape(batch, width, k, positions, grad.shape[-1]).transpose(1, 2)  # (B, k, w, τ, m)
         out: list[Piece] = []
         if p_weight is not None:
-            out.append((p_weight, delta, inputs.detach()[:, :, 0]))
+            out.append((p_weight, delta, inputs.detach()[:, :, 0].clone()))
         if p_bias is not None:
             out.append((p_bias, delta.sum(3, keepdim=True), None))
         return out
@@ -263,6 +267,12 @@ def _dropout(capture: FactorCapture, x: Tensor, p: float = 0.5, training: bool =
     return NotImplemented
 
 
+def _batch_norm(capture: FactorCapture, *args: Any, training: bool = False, **kwargs: Any) -> Any:
+    if training or (len(args) > 5 and args[5]):
+        raise ContractError(["update couples the rows of the batch (batch norm in training)"])
+    return NotImplemented
+
+
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     F.layer_norm: _layer_norm,
@@ -270,4 +280,5 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
     expert_linear: _expert_linear,
     F.dropout: _dropout,
+    F.batch_norm: _batch_norm,
 }

@@ -247,8 +247,9 @@ class GraphCapture:
         signature = tuple((use.parameter, shape) for use, shape in zip(uses, shapes, strict=True))
         layouts = self._layouts.get(signature)
         if layouts is None:
-            layouts = self._verified_layouts(end, parameters, uses, deltas[1:])
-            self._layouts[signature] = layouts
+            layouts, unambiguous = self._verified_layouts(end, parameters, uses, deltas[1:])
+            if unambiguous:
+                self._layouts[signature] = layouts
         dense += [number for number, layout in layouts.items() if layout is None]
         self._note_dense(dense)
         pieces: list[tuple[int, Tensor, Tensor | None]] = []
@@ -280,20 +281,25 @@ class GraphCapture:
 
     def _verified_layouts(
         self, end: Tensor, parameters: list[Tensor], uses: list[_Use], deltas: list[Tensor | None]
-    ) -> dict[int, Layout | None]:
-        """For each parameter the layout whose factors agree with an ordinary backward pass; None if there is none."""
+    ) -> tuple[dict[int, Layout | None], bool]:
+        """For each parameter the layout whose factors agree with an ordinary backward pass; None if there is none.
+
+        Also whether another segment may rely on it: not where two different layouts agree, or nothing is seen because
+        the gradient is zero, as that of a weight which multiplies a state of zeros.
+        """
         batch, hidden = end.shape
         numbers = sorted({use.parameter for use in uses})
         if not numbers:
-            return {}
+            return {}, True
         generator = torch.Generator(device="cpu").manual_seed(0)
         c = torch.randn(batch, hidden, generator=generator, dtype=torch.float64).to(end)
         truth = torch.autograd.grad(end, [parameters[n] for n in numbers], c, retain_graph=True, allow_unused=True)
         scale = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
         tolerance = 50 * torch.finfo(end.dtype).eps ** 0.75
         out: dict[int, Layout | None] = {}
+        unambiguous = True
         for number, expected in zip(numbers, truth, strict=True):
-            out[number] = None
+            agreeing: list[Layout] = []
             mine = [(use, d) for use, d in zip(uses, deltas, strict=True) if use.parameter == number and d is not None]
             for layout in ("outer", "inner"):
                 built = [use.build(d, layout) for use, d in mine]
@@ -306,9 +312,12 @@ class GraphCapture:
                 g = end.new_zeros(parameters[number].numel()) if expected is None else expected.flatten()
                 own = max(float(g.abs().max()), 1e-2 * scale)
                 if float((total - g).abs().max()) <= tolerance * own:
-                    out[number] = layout
-                    break
-        return out
+                    agreeing.append(layout)
+            out[number] = agreeing[0] if agreeing else None
+            one_row_each = all(d.dim() == 2 or d.shape[1] == batch for _, d in mine)
+            seen = expected is not None and bool(expected.any())
+            unambiguous &= seen and (len(agreeing) <= 1 or batch == 1 or one_row_each)
+        return out, unambiguous
 
     def _dense_pieces(
         self, end: Tensor, parameters: list[Tensor], numbers: list[int]

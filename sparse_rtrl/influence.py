@@ -13,6 +13,7 @@ from sparse_rtrl import ops
 from sparse_rtrl.errors import NonFiniteError
 from sparse_rtrl.jacobian import StepJacobian, direct_gradient
 from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
 from sparse_rtrl.tree import CircularTree, Node, leaf
@@ -75,6 +76,8 @@ class Influence:
         self.window: list[StepJacobian] = []
         self.window_loss_row = torch.zeros(batch_size, hidden, **options)
         """``dL/dh`` at the entry of the current window, of the losses of its steps so far."""
+        self.window_key = object()
+        """Identity of the current window: a backward pass is in time while its own is still this one."""
         self.commits = 0
         self.events: Counter[str] = Counter()
         """How often things happened: wakes, expiries, replays, products, payments."""
@@ -83,6 +86,7 @@ class Influence:
             levels = 0 if catch_up == "replay" else None
             self.tree = CircularTree(buffer, batch_size, num_slots, slot_size, dtype, device, levels=levels)
 
+    @full_precision
     def record(self, steps: list[StepJacobian]) -> None:
         """Add captured steps to the current window and wake the experts they use."""
         for step in steps:
@@ -97,32 +101,32 @@ class Influence:
                 self.events["wakes"] += int((self.last_update[tuple(pairs.T)] < self.commits).sum())
                 self._catch_up(pairs)
 
-    def loss_gradient(self, position: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    @full_precision
+    def loss_gradient(self, position: int, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Gradient of a loss through the window and the whole past before it, for core and awake experts.
 
         Args:
             position: number of steps of the window before the one whose entry state ``u`` belongs to.
             u: ``dL/dh`` at that state, ``(B, H)``.
+            step: number of that step, for messages.
 
         Returns:
             Core ``(N_core,)`` and experts ``(E, N_expert)``, summed over the streams.
 
         Raises:
-            NonFiniteError: if ``u`` holds NaN or infinity.
+            NonFiniteError: if ``u`` holds NaN or infinity, or the influence has overflowed.
         """
-        if not torch.isfinite(u).all():
-            bad = (~torch.isfinite(u).all(1)).nonzero().flatten().tolist()
-            raise NonFiniteError(position, bad, "the gradient of the loss")
+        check_finite(step, {"the gradient of the loss": u})
         core = u.new_zeros(self.groups.core_columns)
         experts = u.new_zeros(self.groups.num_experts, self.groups.expert_columns)
         v = u
-        for step in reversed(self.window[:position]):
-            rows = slot_entries(step.routing.write, self.slot_size)
+        for captured in reversed(self.window[:position]):
+            rows = slot_entries(captured.routing.write, self.slot_size)
             written = v.gather(1, rows)
-            for total, part in zip((core, experts), direct_gradient(step, written, self.groups), strict=True):
+            for total, part in zip((core, experts), direct_gradient(captured, written, self.groups), strict=True):
                 total += part
-            gain = torch.bmm(written.unsqueeze(1), step.Jh).squeeze(1)
-            support = slot_entries(step.routing.support, self.slot_size)
+            gain = torch.bmm(written.unsqueeze(1), captured.Jh).squeeze(1)
+            support = slot_entries(captured.routing.support, self.slot_size)
             v = v.scatter(1, rows, 0.0).scatter_add_(1, support, gain)
         self.window_loss_row += v
         every = torch.arange(self.batch_size, device=v.device)
@@ -130,8 +134,12 @@ class Influence:
         awake = self.awake.nonzero()
         ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
         core_row, expert_row = self._take_loss_rows(self.awake)
+        if not bool(torch.isfinite(core_row.sum() + expert_row.sum())):
+            bad = ~torch.isfinite(self.core).flatten(1).all(1)
+            raise NonFiniteError(step, bad.nonzero().flatten().tolist(), "the influence, which has overflowed")
         return core + core_row, experts + expert_row
 
+    @full_precision
     def flush(self) -> tuple[Tensor, Tensor]:
         """Pay what sleeping experts are owed and hand out every loss row.
 
@@ -141,6 +149,7 @@ class Influence:
         self._pay(self.influenced & ~self.awake)
         return self._take_loss_rows(torch.ones_like(self.awake))
 
+    @full_precision
     def discard(self) -> None:
         """Drop every gradient that is owed."""
         sleeping = self.influenced & ~self.awake
@@ -149,6 +158,7 @@ class Influence:
         self.core[:, -1] = 0
         self.experts[:, -1] = 0
 
+    @full_precision
     def commit(self) -> None:
         """Move the influence through the steps of the window, and append them to the tree as one segment."""
         if not self.window:
@@ -184,9 +194,9 @@ class Influence:
             self.handed_out[current] = 0
             self.awake.zero_()
         self.commits += 1
-        self.window = []
-        self.window_loss_row.zero_()
+        self._new_window()
 
+    @full_precision
     def reset(self, streams: Tensor) -> None:
         """Start some streams anew: pay what their sleepers are owed, then clear their influence.
 
@@ -218,6 +228,7 @@ class Influence:
         self.commit()
         return {
             **{name: getattr(self, name).clone() for name in _TENSORS},
+            "parameters": [(p.name, p.start) for p in self.groups.all],
             "commits": self.commits,
             "events": dict(self.events),
             "tree": None if self.tree is None else self.tree.state_dict(),
@@ -229,6 +240,10 @@ class Influence:
         Raises:
             ValueError: if it came from other shapes or another way to catch up; nothing is changed then.
         """
+        layout = [(p.name, p.start) for p in self.groups.all]
+        saved = [(name, start) for name, start in state["parameters"]]
+        if saved != layout:
+            raise ValueError(f"state must be of a cell with parameters {layout}, got {saved}: it is of another cell")
         for name in _TENSORS:
             expected, got = getattr(self, name), state[name]
             if expected.shape != got.shape or expected.dtype != got.dtype:
@@ -244,7 +259,7 @@ class Influence:
             getattr(self, name).copy_(state[name])
         self.commits = state["commits"]
         self.events = Counter(state["events"])
-        self.window = []
+        self._new_window()
 
     def adopt(self, other: Influence) -> None:
         """Take over the influence of an object for the same cell with fewer parameters; new columns stay zero."""
@@ -265,6 +280,11 @@ class Influence:
             self.tree = other.tree
         elif self.tree is not None:
             self.tree.begin_at(other.commits)
+
+    def _new_window(self) -> None:
+        self.window = []
+        self.window_loss_row.zero_()
+        self.window_key = object()
 
     def _rows(self, pairs: Tensor) -> Tensor:
         """Rows of ``experts`` that belong to (stream, expert) pairs ``(M, 2)``."""
@@ -360,6 +380,18 @@ class Influence:
         first[:, 1:] = node.cols[:, 1:] != node.cols[:, :-1]
         u = self.window_loss_row.gather(1, entries) * first.repeat_interleave(self.slot_size, 1)
         return replace(node, loss_row=u)
+
+
+def check_finite(step: int, values: dict[str, Tensor]) -> None:
+    """Refuse values ``(B, ...)`` that hold NaN or infinity.
+
+    Raises:
+        NonFiniteError: for the first of them, with its streams.
+    """
+    for name, value in values.items():
+        bad = ~torch.isfinite(value.detach()).flatten(1).all(1)
+        if bool(bad.any()):
+            raise NonFiniteError(step, bad.nonzero().flatten().tolist(), name)
 
 
 def _shaped(columns: Tensor, shape: torch.Size) -> Tensor:

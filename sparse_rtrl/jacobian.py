@@ -10,15 +10,19 @@ factored.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_rtrl.errors import ContractError
 from sparse_rtrl.factor_capture import FactorCapture, Piece, flat_row
 from sparse_rtrl.parameters import ParameterGroups, RecurrentParameter
-from sparse_rtrl.slot_cell import Routing, SlotCell
+from sparse_rtrl.precision import full_precision
+from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,29 @@ class JacobianCapture:
             if signature in self._checked:
                 return step
             wrong = self._disagreeing(step, x, state, routing, tensors)
+            # At a state of zeros, where streams begin, a weight that multiplies the state shows nothing.
+            generator = torch.Generator(device="cpu").manual_seed(1)
+            probe = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)
+            probed, probed_signature = self._expanded(x, probe, routing, tracked)
+            if probed_signature == signature:
+                wrong |= self._disagreeing(probed, x, probe, routing, tensors)
+            self._check_transition(x, state, routing)
             self._checked.add(signature)
             if not wrong:
                 return step
             self._note_dense(wrong)
+
+    def _check_transition(self, x: Tensor, state: Tensor, routing: Routing) -> None:
+        """Refuse a step that draws random numbers, or whose ``transition`` is not the first part of its ``update``."""
+        h_read, h_write = gather_slots(state, routing.read), gather_slots(state, routing.write)
+        with torch.no_grad():
+            before = torch.get_rng_state()
+            content, _ = self.cell.update(x, h_read, h_write, routing)
+            if not torch.equal(before, torch.get_rng_state()):
+                raise ContractError(["update draws random numbers: a captured step is not the step that ran"])
+            captured = self.cell.transition(x, h_read, h_write, routing)
+        if not torch.allclose(content, captured, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise ContractError(["transition must return the written slots that update returns first; they differ"])
 
     def _note_dense(self, names: set[str]) -> None:
         new = sorted(names - self.dense)
@@ -141,7 +164,8 @@ class JacobianCapture:
             return StepJacobian(none, routing, core, expert), None
         entries = support.unsqueeze(-1).expand(-1, -1, slot_size)
         h = state.gather(1, entries).repeat_interleave(width, 0).requires_grad_()
-        h_read, h_write = h.split((routing.read.shape[1], routing.write.shape[1]), dim=1)
+        # Copies: an update may change them in place, which autograd refuses for the parts of a split.
+        h_read, h_write = (part.clone() for part in h.split((routing.read.shape[1], routing.write.shape[1]), dim=1))
         repeated = routing.repeat_interleave(width)
         capture = FactorCapture(tracked, batch, width, routing.experts, repeated.experts, set(self.dense))
         with torch.enable_grad(), capture:
@@ -170,7 +194,7 @@ class JacobianCapture:
             if piece[0].name not in self.dense
         ]
         pieces += self._dense_pieces(x, state, routing, tracked)
-        signature = tuple((p.name, tuple(delta.shape)) for p, delta, _ in pieces)
+        signature = (self.cell.training, *((p.name, tuple(delta.shape)) for p, delta, _ in pieces))
         core = _join([piece for piece in pieces if not piece[0].expert], (batch, width), state)
         expert = _join([piece for piece in pieces if piece[0].expert], (batch, routing.experts.shape[1], width), state)
         return StepJacobian(Jh.to(state.dtype), routing, core, expert), signature
@@ -205,6 +229,10 @@ class JacobianCapture:
                 continue
             if parameter.expert:  # (B * w, E, ...) to the active experts, (B, k, w, 1, n)
                 delta = grad.reshape(batch, rows // batch, len(grad[0]), -1).transpose(1, 2)
+                idle = delta.any(-1).any(2).scatter(1, routing.experts, False)
+                if bool(idle.any()):
+                    experts = sorted(set(idle.nonzero()[:, 1].tolist()))
+                    raise ContractError([f"inactive experts {experts} have influence through {parameter.name}"])
                 active = routing.experts.view(batch, -1, 1, 1).expand(-1, -1, *delta.shape[2:])
                 pieces.append((parameter, delta.gather(1, active).unsqueeze(3), None))
             else:
@@ -217,8 +245,8 @@ class JacobianCapture:
         """The step alone, at fixed entry state: written content and the parameters it depends on."""
         slot_size = state.shape[2]
         h = state.gather(1, routing.support.unsqueeze(-1).expand(-1, -1, slot_size))
-        h_read, h_write = h.split((routing.read.shape[1], routing.write.shape[1]), dim=1)
-        with torch.enable_grad():
+        h_read, h_write = (part.clone() for part in h.split((routing.read.shape[1], routing.write.shape[1]), dim=1))
+        with torch.enable_grad(), _without_hooks(self.cell):
             tensors = [p.tensor for p in parameters]
             content = self.cell.transition(x, h_read, h_write, routing)
         return content, tensors
@@ -249,6 +277,25 @@ class JacobianCapture:
         return wrong
 
 
+@contextmanager
+def _without_hooks(cell: SlotCell) -> Iterator[None]:
+    """Replace parameters that have gradient hooks by aliases without them: a hook is meant for whole gradients."""
+    swapped = [
+        (module, name, parameter)
+        for module in cell.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter._backward_hooks
+    ]
+    aliases = {id(parameter): torch.nn.Parameter(parameter.detach()) for _, _, parameter in swapped}
+    try:
+        for module, name, parameter in swapped:
+            module._parameters[name] = aliases[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in swapped:
+            module._parameters[name] = parameter
+
+
 def _join(pieces: list[Piece], leading: tuple[int, ...], like: Tensor) -> Factors:
     """Put the deltas of one group kind side by side."""
     terms, start = [], 0
@@ -261,6 +308,7 @@ def _join(pieces: list[Piece], leading: tuple[int, ...], like: Tensor) -> Factor
     return Factors(torch.cat([delta.flatten(-2) for _, delta, _ in pieces], dim=-1).to(like.dtype), tuple(terms))
 
 
+@full_precision
 def direct_gradient(step: StepJacobian, cotangent: Tensor, groups: ParameterGroups) -> tuple[Tensor, Tensor]:
     """Gradient of one step's parameters at fixed entry state, summed over the streams: ``v F``.
 

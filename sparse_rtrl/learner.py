@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from sparse_rtrl.engine import Engine
-from sparse_rtrl.errors import ContractError, NonFiniteError
+from sparse_rtrl.errors import ContractError
 from sparse_rtrl.estimate import choose_commit_every
-from sparse_rtrl.influence import CatchUp
+from sparse_rtrl.influence import CatchUp, check_finite
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 
 
@@ -20,22 +20,28 @@ class _Entry:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.influence = engine.influence
-        self.commits = engine.influence.commits
-        self.position = len(engine.influence.window)
+        self.step = engine.steps
         self.used = False
+        self.position = 0
+        self.window_key: object = None
+
+    def settle(self) -> None:
+        """Note the window, and the place in it, that the segment is about to take."""
+        self.position = len(self.engine.influence.window)
+        self.window_key = self.engine.influence.window_key
 
     def gradients(self, u: Tensor) -> list[Tensor]:
         if self.used:
             raise RuntimeError(
                 "backward was called twice for the same output of the learner; add the losses up and call it once"
             )
-        if self.influence is not self.engine.influence or self.commits != self.influence.commits:
+        influence = self.engine.influence
+        if self.window_key is not influence.window_key:
             raise RuntimeError(
                 "backward came too late: the influence has moved past this step. Call backward before the next step or"
                 " reset, take several steps as one segment with unroll, or raise commit_every"
             )
-        gradients = self.engine.groups.split(*self.influence.loss_gradient(self.position, u.flatten(1)))
+        gradients = self.engine.groups.split(*influence.loss_gradient(self.position, u.flatten(1), self.step))
         self.used = True
         return gradients
 
@@ -129,7 +135,7 @@ class RTRL:
             ContractError: if the cell breaks its contract.
             NonFiniteError: if the new state or a Jacobian is not finite; the learner is then unchanged.
         """
-        return self._run(x.unsqueeze(0))[0]
+        return self._run(x.unsqueeze(0) if isinstance(x, Tensor) else x)[0]
 
     def unroll(self, xs: Tensor) -> Tensor:
         """Take several steps as one segment: backpropagation inside it, influence across it.
@@ -143,8 +149,8 @@ class RTRL:
         Raises:
             RuntimeError, ContractError, NonFiniteError: as :meth:`__call__`.
         """
-        if xs.dim() < 2 or xs.shape[0] < 1:
-            raise ValueError(f"xs must have shape (n, B, ...) with n >= 1, got {tuple(xs.shape)}")
+        if not isinstance(xs, Tensor) or xs.dim() < 2 or xs.shape[0] < 1:
+            raise ValueError(f"xs must be a tensor (n, B, ...) with n >= 1, got {_kind(xs)}")
         return torch.stack(self._run(xs))
 
     def _run(self, xs: Tensor) -> list[Tensor]:
@@ -156,12 +162,10 @@ class RTRL:
                 with torch.no_grad():
                     routing = engine.cell.route(xs[0], self._state)
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing)
-            if len(engine.influence.window) >= self.commit_every:
-                engine.influence.commit()
             entry = _Entry(engine)
             state = _EnterSegment.apply(entry, self._state, *tensors)
             outputs, steps = [], []
-            for x in xs:
+            for number, x in enumerate(xs, engine.steps):
                 with torch.no_grad():
                     routing = engine.cell.route(x, state)
                 engine.check_routing(routing)
@@ -170,20 +174,22 @@ class RTRL:
                     x, gather_slots(state, routing.read), gather_slots(state, routing.write), routing
                 )
                 self._check_update(h_write_new, output, routing)
-                steps.append(engine.step(x, entered, routing, tensors))
-                state = scatter_slots(state, routing.write, h_write_new)
+                steps.append(engine.step(x, entered, routing, tensors, number))
+                state = scatter_slots(state, routing.write, h_write_new.to(state.dtype))
+                check_finite(number, {"the new state": state})
                 outputs.append(output)
-        new_state = state.detach()
-        if not torch.isfinite(new_state).all():
-            bad = (~torch.isfinite(new_state)).flatten(1).any(1).nonzero().flatten().tolist()
-            raise NonFiniteError(engine.steps, bad, "the new state")
+        if len(engine.influence.window) >= self.commit_every:
+            engine.influence.commit()
+        entry.settle()
         engine.influence.record(steps)
         engine.steps += len(steps)
-        self._state = new_state
+        self._state = state.detach()
         return outputs
 
     def _check_input(self, xs: Tensor) -> None:
         engine = self._engine
+        if not isinstance(xs, Tensor) or xs.dim() < 2:
+            raise ValueError(f"x must be a tensor (B, ...), got {_kind(xs[0] if isinstance(xs, Tensor) else xs)}")
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 "a learning step needs gradients, but they are disabled (no_grad or inference_mode): use"
@@ -237,12 +243,7 @@ class RTRL:
             ValueError: if ``streams`` is not a boolean mask of shape ``(B,)``.
         """
         engine = self._engine
-        if streams is None:
-            streams = torch.ones(engine.batch_size, dtype=torch.bool, device=engine.device)
-        if streams.dtype != torch.bool or tuple(streams.shape) != (engine.batch_size,):
-            got = f"{streams.dtype} {tuple(streams.shape)}"
-            raise ValueError(f"streams must be a bool mask of shape ({engine.batch_size},), got {got}")
-        streams = streams.to(engine.device)
+        streams = engine.checked_mask(streams)
         engine.influence.reset(streams)
         initial = engine.cell.initial_state(engine.batch_size).detach()
         self._state = torch.where(streams.view(-1, 1, 1), initial, self._state)
@@ -273,6 +274,9 @@ class RTRL:
         """
         if state.get("version") != 1:
             raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
+        missing = {"influence", "state", "steps", "commit_every"} - set(state)
+        if missing:
+            raise ValueError(f"state lacks {sorted(missing)}")
         self._engine.influence.load_state_dict(state["influence"])
         self._state = state["state"].to(self._engine.device, self._engine.dtype).clone()
         self._engine.steps = state["steps"]

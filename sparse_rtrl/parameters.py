@@ -67,7 +67,7 @@ def _sources(module: nn.Module, attribute: str) -> list[nn.Parameter]:
 def _tensors_of(cell: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every parameter and parametrized weight of a cell as (name, owner, attribute), parametrizations left out."""
     for prefix, module in cell.named_modules():
-        if isinstance(module, (parametrize.ParametrizationList,)) or ".parametrizations." in f".{prefix}.":
+        if isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in f".{prefix}.":
             continue
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if parametrize.is_parametrized(module):
@@ -106,19 +106,21 @@ class ParameterGroups:
         core: list[RecurrentParameter] = []
         experts: list[RecurrentParameter] = []
         seen: set[int] = set()
+        seen_parametrized: set[int] = set()
         for name, owner, attribute in tensors:
             sources = _sources(owner, attribute)
-            if name.startswith("readout.") or not any(source.requires_grad for source in sources):
+            if name == "readout" or name.startswith("readout.") or not any(source.requires_grad for source in sources):
                 continue
             shared = {id(source) for source in sources}
             expert = id(owner) in in_banks
             if not expert and shared & expert_sources:
                 raise ValueError(f"parameter {name} is shared between an expert bank and another module")
-            if shared <= seen:
-                continue
-            if shared & seen:
+            parametrized = parametrize.is_parametrized(owner, attribute)
+            if shared <= seen and not parametrized:
+                continue  # the same parameter under another name
+            if shared & (seen_parametrized | (seen if parametrized else set())):
                 raise ValueError(f"the parametrization of {name} shares a part of its parameters with another tensor")
-            seen |= shared
+            (seen_parametrized if parametrized else seen).update(shared)
             shape = getattr(owner, attribute).shape
             if expert and (len(shape) == 0 or shape[0] != cell.num_experts):
                 raise ValueError(

@@ -103,11 +103,13 @@ def _expert_factors(steps: list[StepJacobian], deltas: list[Tensor], num_experts
     """Collect for every active (stream, expert) pair its uses, padded with zeros; ``deltas (B, k, w, Σ)`` per step."""
     batch, device = deltas[0].shape[0], deltas[0].device
     stream_of = torch.arange(batch, device=device).unsqueeze(1)
-    keys = torch.stack([stream_of * max(num_experts, 1) + step.routing.experts for step in steps])  # (n, B, k)
-    pairs, place = keys.unique(return_inverse=True)
+    keys = [(stream_of * max(num_experts, 1) + step.routing.experts).flatten() for step in steps]
+    pairs, place = torch.cat(keys).unique(return_inverse=True)
+    counts = torch.tensor([len(key) for key in keys], device=device)
+    step_of = torch.arange(len(steps), device=device).repeat_interleave(counts)
     active = torch.zeros(len(steps), len(pairs), dtype=torch.int64, device=device)
-    active.scatter_(1, place.flatten(1), 1)
-    nth_use = (active.cumsum(0) - 1).gather(1, place.flatten(1)).view_as(place)
+    active[step_of, place] = 1
+    nth_use = (active.cumsum(0) - 1)[step_of, place]
     uses = int(active.sum(0).max()) if len(pairs) else 0
     streams = torch.div(pairs, max(num_experts, 1), rounding_mode="floor")
     out = GroupFactors(streams, pairs, [], [], [])
@@ -117,7 +119,8 @@ def _expert_factors(steps: list[StepJacobian], deltas: list[Tensor], num_experts
     def join(values: list[Tensor], indices: list[int]) -> Tensor:
         """Values ``(B, k, ...)``, one per step, to ``(M, uses, ...)``."""
         joined = values[0].new_zeros(len(pairs), uses, *values[0].shape[2:])
-        joined[place[indices].flatten(), nth_use[indices].flatten()] = torch.stack(values).flatten(0, 2)
+        chosen = torch.isin(step_of, torch.tensor(indices, device=device))
+        joined[place[chosen], nth_use[chosen]] = torch.cat([value.flatten(0, 1) for value in values])
         return joined
 
     for indices in _equal_layouts([step.expert.terms for step in steps]):

@@ -46,6 +46,11 @@ def scatter_slots(state: Tensor, slots: Tensor, content: Tensor) -> Tensor:
     return state.scatter(1, slots.unsqueeze(-1).expand(-1, -1, state.shape[-1]), content)
 
 
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to ``torch.compile`` or a ``torch.func`` transform, which do not allow marking it."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 class SlotCell(nn.Module):
     """A recurrent cell whose state is ``num_slots`` slots of ``slot_size`` numbers.
 
@@ -134,7 +139,7 @@ class SlotCell(nn.Module):
             Output, an info dict with ``idx_slots_read (B, kr)``, ``idx_slots_write (B, kw)`` and
             ``idx_experts (B, k)``, and the new state ``(B, S, D)``.
         """
-        if torch.is_grad_enabled() and not state.requires_grad and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not state.requires_grad and not _is_transformed(state):
             state.requires_grad_()
         if routing is None:
             with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -208,7 +209,9 @@ class CircularTree:
         Raises:
             IndexError: if a start lies before the window, before that stream's reset, or after the last append.
         """
-        starts = [int(start)] * self.batch_size if isinstance(start, int) else [int(s) for s in start.tolist()]
+        starts = (
+            [int(s) for s in start.tolist()] if isinstance(start, Tensor) else [operator.index(start)] * self.batch_size
+        )
         if len(starts) != self.batch_size:
             raise ValueError(
                 f"start must be an int or hold one start per stream ({self.batch_size}), got {len(starts)}"
@@ -270,7 +273,13 @@ class CircularTree:
 
         Args:
             streams: boolean mask ``(B,)``; None for all.
+
+        Raises:
+            ValueError: if ``streams`` is no such mask.
         """
+        if streams is not None and (streams.dtype != torch.bool or tuple(streams.shape) != (self.batch_size,)):
+            got = f"{streams.dtype} {tuple(streams.shape)}"
+            raise ValueError(f"streams must be a bool mask of shape ({self.batch_size},), got {got}")
         mask = [True] * self.batch_size if streams is None else streams.tolist()
         self.begin = [self.count if m else b for m, b in zip(mask, self.begin, strict=True)]
 

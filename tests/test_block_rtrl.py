@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import bptt, cotangents, gradients_of, inputs, worst_error
 
-from sparse_rtrl import BlockRTRL, ContractError, SlotMoECell, get_expert_latent_activated
+from sparse_rtrl import BlockRTRL, ContractError, NonFiniteError, SlotMoECell, get_expert_latent_activated
 
 
 def model(num_experts=5):
@@ -116,6 +116,7 @@ def test_errors():
         ((h_t[:1], out.sum(), active, read, write), ValueError, "h_t must have shape"),
         ((h_t, out.sum().detach(), active, read, write), ValueError, "loss must depend"),
         ((h_t.detach(), out.sum(), active, read, write), ValueError, "the very tensor"),
+        ((h_t * 1, out.sum(), active, read, write), ValueError, "must be detached"),
     ):
         with pytest.raises(error, match=message):
             rtrl.step(cell, x, *arguments)
@@ -125,3 +126,44 @@ def test_errors():
         BlockRTRL({"slot_table": cell.slot_table}, 2, 16).step(cell, x, h_t, None, active, read, write)
     with pytest.raises(ValueError, match="at least one"):
         BlockRTRL({}, 2, 16)
+
+
+def test_a_failed_step_can_be_repeated():
+    cell, x, c = model(), inputs(12, 2), cotangents(12, 2, density=1.0)
+    expected = bptt(cell, x, c)
+    rtrl = BlockRTRL(cell.named_parameters(), 2, 16, len_buffer=4)
+    h_t = cell.initial_state(2)
+    for t in range(12):
+        for failing in (True, False) if t == 5 else (False,):
+            out, info, h_next = cell(x[t], h_t)
+            active, write, read = get_expert_latent_activated(cell, info)
+            if failing:
+                kept = {n: p.grad.clone() for n, p in cell.named_parameters() if p.grad is not None}
+                with pytest.raises(NonFiniteError, match="step 5"):
+                    rtrl.step(cell, x[t], h_t, (out * float("nan")).sum(), active, read, write)
+                for name, gradient in kept.items():
+                    cell.get_parameter(name).grad = gradient
+                h_t = h_t.detach()
+            else:
+                rtrl.step(cell, x[t], h_t, (out * c[t]).sum(), active, read, write)
+        h_t = h_next.detach()
+    assert worst_error(gradients_of(cell), expected) <= 1e-12
+
+
+def test_freezing_a_parameter_in_mid_stream_and_an_empty_state():
+    cell, x = model(), inputs(4, 2)
+    rtrl = BlockRTRL(cell.named_parameters(), 2, 16)
+    h_t = cell.initial_state(2)
+    for t in range(4):
+        if t == 2:
+            cell.control.weight.requires_grad_(False)
+        out, info, h_next = cell(x[t], h_t)
+        active, write, read = get_expert_latent_activated(cell, info)
+        rtrl.step(cell, x[t], h_t, out.sum(), active, read, write)
+        h_t = h_next.detach()
+    fresh = BlockRTRL(cell.named_parameters(), 2, 16)
+    state = rtrl.state_dict()
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() is state  # not yet used, not lost
+    rtrl.load_state_dict({})
+    assert rtrl.influence() == {}

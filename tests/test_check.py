@@ -68,6 +68,19 @@ class IdleExperts(PatternCell):
         return Routing(routing.read, routing.write, routing.experts.clamp(max=1).new_tensor([[0, 1]] * BATCH))
 
 
+class SoftMixture(PatternCell):
+    """Runs every expert, whatever it declares; each expert is declared by some stream."""
+
+    def update(self, x, h_read, h_write, routing):
+        content, output = super().update(x, h_read, h_write, routing)
+        return content + self.experts.weight.sum((0, 1)), output
+
+
+class OtherTransition(PatternCell):
+    def transition(self, x, h_read, h_write, routing):
+        return super().transition(x, h_read, h_write + 1, routing)
+
+
 class ReadoutInState(PatternCell):
     def update(self, x, h_read, h_write, routing):
         content, output = super().update(x, h_read, h_write, routing)
@@ -94,6 +107,8 @@ class Duplicates(PatternCell):
         (Changing, "copied slots .* changed"),
         (Coupling, "rows of the batch influence each other"),
         (IdleExperts, r"inactive experts \[2, 3, 4\] have influence through experts.bias"),
+        (SoftMixture, r"inactive experts \[2, 3, 4\] have influence through experts.weight in stream 0"),
+        (OtherTransition, "transition differs"),
         (ReadoutInState, r"readout parameter readout\.bias reaches the state"),
         (Unused, "no gradient reaches parameter forgotten"),
         (Duplicates, r"read: duplicates"),

@@ -13,9 +13,9 @@ def cell(**changes) -> SlotMoECell:
     return SlotMoECell(**{**sizes, "output_size": 2, **changes})
 
 
-def test_many_sleeping_experts_ask_for_shorter_windows_than_few():
+def test_a_small_state_asks_for_longer_windows_than_many_sleeping_experts():
     with torch.no_grad():
-        few, many = (cell(num_experts=e, num_slots=16) for e in (2, 512))
+        few, many = cell(num_experts=2), cell(num_experts=512, num_slots=16)
         counts = [
             choose_commit_every(c, ParameterGroups.of_cell(c), c.route(torch.zeros(1, 4), c.initial_state(1)))
             for c in (few, many)

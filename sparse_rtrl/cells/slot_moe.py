@@ -189,18 +189,8 @@ class SlotMoECell(SlotCell):
             logits.topk(self.top_k, dim=1).indices,
         )
 
-    def update(self, x: Tensor, h_read: Tensor, h_write: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """New content of the written slots, and the output; see the class docstring.
-
-        Args:
-            x: input of the step, ``(B, input_size)``.
-            h_read: old content of the read slots, ``(B, kr, D)``.
-            h_write: old content of the written slots, ``(B, kw, D)``.
-            routing: what :meth:`route` declared.
-
-        Returns:
-            New content of the written slots ``(B, kw, D)`` and the output ``(B, output_size)``.
-        """
+    def transition(self, x: Tensor, h_read: Tensor, h_write: Tensor, routing: Routing) -> Tensor:
+        """New content of the written slots, ``(B, kw, D)``; see the class docstring and :meth:`update`."""
         identity = F.embedding(routing.support, self.slot_table)  # (B, kr + kw, D)
         slots = torch.cat((h_read, h_write), dim=1) + identity
         slots_read, slots_write = slots.split((self.read_slots, self.write_slots), dim=1)
@@ -220,5 +210,21 @@ class SlotMoECell(SlotCell):
         candidate = torch.tanh(self.core(h_write) + mixture)
         # hardsigmoid(y) = clip(1/2 + y/6, 0, 1); the factor makes gates quick to learn to close.
         gate = F.hardsigmoid(torch.add(importance, gate.unsqueeze(1), alpha=3.0))  # (B, kw, D)
-        h_write_new = torch.lerp(h_write, candidate, gate)
+        # The state keeps its precision under autocast.
+        return torch.lerp(h_write, candidate.to(h_write.dtype), gate.to(h_write.dtype))
+
+    def update(self, x: Tensor, h_read: Tensor, h_write: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """New content of the written slots, and the output; see the class docstring.
+
+        Args:
+            x: input of the step, ``(B, input_size)``.
+            h_read: old content of the read slots, ``(B, kr, D)``.
+            h_write: old content of the written slots, ``(B, kw, D)``.
+            routing: what :meth:`route` declared.
+
+        Returns:
+            New content of the written slots ``(B, kw, D)`` and the output ``(B, output_size)``.
+        """
+        h_write_new = self.transition(x, h_read, h_write, routing)
+        identity = F.embedding(routing.support, self.slot_table)  # (B, kr + kw, D)
         return h_write_new, self.readout(x, torch.cat((h_read, h_write_new), dim=1) + identity)
