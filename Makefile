@@ -1,0 +1,51 @@
+# Every target does its own set-up: a virtual environment in .venv with the pinned versions of constraints.txt.
+# The set-up runs again only when one of its inputs changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Only for a torch without CUDA, which brings no Triton of its own.
+TRITON := triton==3.6.0
+DEMO ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/'
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or later is needed, $(PYTHON) is older; say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "$(PYTHON) -m venv failed; install your system's package for it (python3-venv)" >&2; exit 1; }
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	@$(BIN)/python -m pip --version
+	@# torch first: its build, CPU or CUDA, decides what the rest may bring.
+	$(PIP) torch setuptools wheel
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "$(PIP) $(TRITON)"; $(PIP) $(TRITON); }
+	@touch $@
+
+install: $(STAMP)  ## Set up .venv only
+
+demo: $(STAMP)  ## Train the slot cell with RTRL, BPTT and TBPTT and compare them (at most 5 minutes)
+	$(BIN)/sparse-rtrl demo $(DEMO)
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy sparse_rtrl
+
+format: $(STAMP)  ## Rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove caches and build outputs; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf

@@ -1,0 +1,415 @@
+"""The ``sparse-rtrl`` command."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sparse_rtrl.contestant import RunConfig
+
+# Everything that imports torch or matplotlib is imported inside the commands, so that --help answers at once.
+
+
+class _OneLineErrors(typer.core.TyperGroup):
+    """Turns the errors a user can mend into one line; anything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from rich.console import Console
+
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FloatingPointError, MemoryError, OSError) as error:
+            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        except RuntimeError as error:
+            # Only our own: a contestant's process that failed. Other runtime errors are defects and keep their trace.
+            if type(error).__name__ != "ContestantError":
+                raise
+            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code=2)
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Exact online gradients for recurrent cells with slot memory and experts.
+
+Start with `sparse-rtrl demo`: it trains one cell with sparse RTRL, BPTT and truncated BPTT and compares them.
+`sparse-rtrl check` shows that the gradient is that of BPTT; `sparse-rtrl train` trains; every command explains itself
+with `--help`.""",
+)
+compare_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Compare training methods, each trained before it is scored and each in a process of its own.
+
+- `compare direct`: several methods on one task: accuracy, memory, time.
+- `compare scaling`: memory and time over sequence lengths.
+- `compare trials`: accuracy over independent seeds and lengths.""",
+)
+app.add_typer(compare_app, name="compare", rich_help_panel="Learn")
+
+
+class Method(str, Enum):
+    """Names of :data:`~sparse_rtrl.contestant.METHODS`, repeated here to keep ``--help`` quick."""
+
+    rtrl = "rtrl"
+    bptt = "bptt"
+    tbptt = "tbptt"
+    jacrev = "jacrev"
+    gru_bptt = "gru-bptt"
+    rnn_bptt = "rnn-bptt"
+
+
+class CellName(str, Enum):
+    """Names of :data:`~sparse_rtrl.contestant.CELLS`."""
+
+    slot_moe = "slot-moe"
+    sparse_latent_moe = "sparse-latent-moe"
+
+
+class TaskName(str, Enum):
+    """Names of :data:`~sparse_rtrl.tasks.TASKS`."""
+
+    haystack = "haystack"
+    copy = "copy"
+    anbn = "anbn"
+    recall = "recall"
+
+
+_CELL, _TASK, _OPTIMIZER, _OUTPUT = "Cell", "Task", "Training", "Output"
+
+Methods = Annotated[list[Method], typer.Option("--method", "-m", help="Repeat the option for several methods.")]
+Cell = Annotated[CellName, typer.Option(help="The recurrent cell.", rich_help_panel=_CELL)]
+SlotSize = Annotated[int, typer.Option(help="Numbers per slot.", rich_help_panel=_CELL)]
+NumSlots = Annotated[int, typer.Option(help="Slots; a GRU or RNN gets the same state size.", rich_help_panel=_CELL)]
+NumExperts = Annotated[int, typer.Option(help="Experts.", rich_help_panel=_CELL)]
+TopK = Annotated[int, typer.Option(help="Experts active in a step.", rich_help_panel=_CELL)]
+ReadSlots = Annotated[int, typer.Option(help="Slots read in a step.", rich_help_panel=_CELL)]
+WriteSlots = Annotated[int, typer.Option(help="Slots written in a step.", rich_help_panel=_CELL)]
+TaskChoice = Annotated[TaskName, typer.Option(help="What to learn.", rich_help_panel=_TASK)]
+Length = Annotated[int, typer.Option(help="Steps per sequence at the end of training.", rich_help_panel=_TASK)]
+StartLength = Annotated[
+    int | None,
+    typer.Option(help="Length at the beginning; it grows from there to --length.", rich_help_panel=_TASK),
+]
+CurriculumUpdates = Annotated[
+    int | None,
+    typer.Option(
+        help="Updates until --length is reached; three quarters of --updates if absent.", rich_help_panel=_TASK
+    ),
+]
+CurriculumShape = Annotated[str, typer.Option(help="linear or geometric.", rich_help_panel=_TASK)]
+MinDistance = Annotated[
+    int | None,
+    typer.Option(
+        help="Haystack: least steps from key to question; one more than --segment if absent, so that truncated "
+        "BPTT never sees both in one segment.",
+        rich_help_panel=_TASK,
+    ),
+]
+Pairs = Annotated[int, typer.Option(help="Recall: key-value pairs to remember.", rich_help_panel=_TASK)]
+BatchSize = Annotated[int, typer.Option(help="Streams.", rich_help_panel=_OPTIMIZER)]
+Updates = Annotated[int, typer.Option(help="Batches to train on.", rich_help_panel=_OPTIMIZER)]
+Segment = Annotated[int, typer.Option(help="Steps per segment of rtrl and tbptt.", rich_help_panel=_OPTIMIZER)]
+LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of Adam.", rich_help_panel=_OPTIMIZER)]
+FinalLearningRate = Annotated[
+    float | None,
+    typer.Option("--final-lr", help="Learning rate at the last update, reached linearly.", rich_help_panel=_OPTIMIZER),
+]
+ClipNorm = Annotated[float, typer.Option(help="Largest gradient norm; 0 for no clipping.", rich_help_panel=_OPTIMIZER)]
+StepPerSegment = Annotated[
+    bool, typer.Option(help="Step after each segment that asks something.", rich_help_panel=_OPTIMIZER)
+]
+Seed = Annotated[int, typer.Option(help="Of parameters and sequences.", rich_help_panel=_OPTIMIZER)]
+Threads = Annotated[int, typer.Option(help="Threads of PyTorch per process.", rich_help_panel=_OPTIMIZER)]
+EvalSequences = Annotated[int, typer.Option(help="Fresh sequences to score on.", rich_help_panel=_OPTIMIZER)]
+Parallel = Annotated[int, typer.Option(help="Trainings at a time; 0 for one per core.", rich_help_panel=_OUTPUT)]
+Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.", rich_help_panel=_OUTPUT)]
+Name = Annotated[str | None, typer.Option(help="Name of the run; date and time if absent.", rich_help_panel=_OUTPUT)]
+
+
+def _config(values: dict[str, Any]) -> RunConfig:
+    """Make the configuration of a run from the options of a command, taking those it knows."""
+    from dataclasses import fields
+
+    from sparse_rtrl.contestant import RunConfig
+
+    task = values["task"].value
+    options: dict[str, Any] = {}
+    if task == "haystack":
+        distance = values.get("min_distance")
+        options["min_distance"] = values["segment"] + 1 if distance is None else distance
+    elif task == "recall":
+        options["num_pairs"] = values.get("pairs", 4)
+    known = {f.name for f in fields(RunConfig)}
+    settings = {name: v.value if isinstance(v, Enum) else v for name, v in values.items() if name in known}
+    if not settings.get("clip_norm", 1.0):
+        settings["clip_norm"] = None
+    return RunConfig(**settings, task_options=options)
+
+
+@app.command(rich_help_panel="Learn")
+def train(
+    method: Annotated[Method, typer.Option("--method", "-m", help="Where the gradient comes from.")] = Method.rtrl,
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 16,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 4,
+    top_k: TopK = 2,
+    read_slots: ReadSlots = 2,
+    write_slots: WriteSlots = 2,
+    task: TaskChoice = TaskName.haystack,
+    length: Length = 90,
+    start_length: StartLength = 12,
+    curriculum_updates: CurriculumUpdates = None,
+    curriculum_shape: CurriculumShape = "linear",
+    min_distance: MinDistance = None,
+    pairs: Pairs = 4,
+    batch_size: BatchSize = 16,
+    updates: Updates = 500,
+    segment: Segment = 8,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = None,
+    clip_norm: ClipNorm = 1.0,
+    step_per_segment: StepPerSegment = False,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    eval_sequences: EvalSequences = 1000,
+    evaluate_at: Annotated[
+        list[int] | None,
+        typer.Option(help="Length to score at; repeat for several; --length if absent.", rich_help_panel=_OPTIMIZER),
+    ] = None,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Train one model and keep everything about it in a run folder.
+
+    The folder gets `config.json`, `metrics.csv`, TensorBoard event files, `training.png`, `results.json` and the
+    parameters (`model.pt`).
+
+    **Examples**
+
+    - `sparse-rtrl train` — sparse RTRL on the haystack, length growing from 12 to 90
+    - `sparse-rtrl train -m tbptt --segment 8 --name truncated` — the same with truncated BPTT
+    - `sparse-rtrl train --task recall --pairs 8 --start-length 40 --length 200 --slot-size 32`
+    - `sparse-rtrl train --evaluate-at 128 --evaluate-at 10000` — score far beyond the training length
+    - `tensorboard --logdir runs` — look at all runs
+    """
+    config = _config({**locals(), "eval_lengths": tuple(evaluate_at or [length])})
+    from sparse_rtrl.commands import train_one
+
+    train_one(config, runs, name)
+
+
+@compare_app.command("direct")
+def compare_direct(
+    method: Methods = [Method.rnn_bptt, Method.gru_bptt, Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 16,
+    task: TaskChoice = TaskName.haystack,
+    length: Length = 128,
+    start_length: StartLength = 12,
+    curriculum_updates: CurriculumUpdates = None,
+    batch_size: BatchSize = 16,
+    updates: Updates = 500,
+    segment: Segment = 8,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = None,
+    seed: Seed = 0,
+    eval_sequences: EvalSequences = 1000,
+    parallel: Parallel = 1,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Plain networks with BPTT, the slot cell with BPTT, and the slot cell with sparse RTRL on one task.
+
+    Every method gets the same sequences and the same number of updates, is then scored on fresh sequences, and is
+    measured for memory and time by itself. The table has the 95 % interval and the chance line.
+
+    **Examples**
+
+    - `sparse-rtrl compare direct`
+    - `sparse-rtrl compare direct -m rtrl -m jacrev --length 32 --updates 100`
+    """
+    config = _config({**locals(), "eval_lengths": (length,)})
+    from sparse_rtrl.commands import compare_on_one_task
+
+    compare_on_one_task(config, [m.value for m in method], parallel, None, runs, name, "direct")
+
+
+@compare_app.command("scaling")
+def compare_scaling(
+    method: Methods = [Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 16,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 4,
+    task: TaskChoice = TaskName.haystack,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps per sequence; repeat for several.", rich_help_panel=_TASK),
+    ] = None,
+    batch_size: BatchSize = 16,
+    segment: Segment = 8,
+    repeats: Annotated[int, typer.Option(help="Timed updates per point.", rich_help_panel=_OPTIMIZER)] = 3,
+    threads: Threads = 1,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Peak memory and time per token over sequence lengths, each number from a fresh process.
+
+    **Examples**
+
+    - `sparse-rtrl compare scaling` — lengths 64, 128, 256, 512
+    - `sparse-rtrl compare scaling --length 2000 --length 20000 -m rtrl --batch-size 1`
+    """
+    lengths = length or [64, 128, 256, 512]
+    config = _config({**locals(), "length": max(lengths)})
+    from sparse_rtrl.commands import compare_over_lengths
+
+    compare_over_lengths(config, [m.value for m in method], lengths, repeats, runs, name)
+
+
+@compare_app.command("trials")
+def compare_trials(
+    method: Methods = [Method.gru_bptt, Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
+    trials: Annotated[int, typer.Option(help="Seeds per method and length.")] = 5,
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 16,
+    task: TaskChoice = TaskName.haystack,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps per sequence; repeat for several.", rich_help_panel=_TASK),
+    ] = None,
+    start_length: StartLength = 12,
+    batch_size: BatchSize = 16,
+    updates: Updates = 500,
+    segment: Segment = 8,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = None,
+    seed: Seed = 0,
+    eval_sequences: EvalSequences = 1000,
+    parallel: Parallel = 0,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Accuracy over independent trials: every seed of every method at every length is trained, then scored.
+
+    The table has the mean, the worst and best trial, how many trials solve the task with a 95 % interval over
+    trials, and the chance line.
+
+    **Examples**
+
+    - `sparse-rtrl compare trials` — 5 seeds at lengths 32, 64, 128
+    - `sparse-rtrl compare trials --trials 10 --length 128 -m rtrl -m tbptt`
+    """
+    lengths = length or [32, 64, 128]
+    config = _config({**locals(), "length": max(lengths)})
+    from sparse_rtrl.commands import compare_over_trials
+
+    compare_over_trials(config, [m.value for m in method], lengths, trials, parallel, runs, name)
+
+
+@app.command(rich_help_panel="Learn")
+def demo(
+    length: Length = 128,
+    start_length: StartLength = 12,
+    curriculum_updates: CurriculumUpdates = None,
+    curriculum_shape: CurriculumShape = "linear",
+    slot_size: SlotSize = 16,
+    batch_size: BatchSize = 16,
+    updates: Updates = 500,
+    segment: Segment = 8,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = None,
+    seed: Seed = 0,
+    eval_sequences: EvalSequences = 1000,
+    time_budget: Annotated[
+        float,
+        typer.Option(help="Seconds for everything; a training that would take longer stops early and says so."),
+    ] = 280.0,
+    parallel: Parallel = 0,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """The main job in at most five minutes: sparse RTRL, BPTT and truncated BPTT learn to find a needle in a haystack.
+
+    All three train the same slot cell on the same sequences, whose length grows to --length, for the same number of
+    updates. Sparse RTRL and truncated BPTT both backpropagate through segments of only --segment steps, and the key
+    is always further back than that.
+
+    **Examples**
+
+    - `sparse-rtrl demo` — what `make demo` runs
+    - `sparse-rtrl demo --length 64 --updates 300 --seed 3`
+    """
+    config = _config({**locals(), "task": TaskName.haystack, "eval_lengths": (length,)})
+    from sparse_rtrl.commands import compare_on_one_task
+
+    compare_on_one_task(config, ["rtrl", "bptt", "tbptt"], parallel, time_budget, runs, name, "demo")
+
+
+@app.command(rich_help_panel="Inspect")
+def check(
+    length: Annotated[list[int] | None, typer.Option(help="Steps; repeat for several.", rich_help_panel=_TASK)] = None,
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 8,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 4,
+    top_k: TopK = 2,
+    read_slots: ReadSlots = 2,
+    write_slots: WriteSlots = 2,
+    segment: Segment = 1,
+    batch_size: BatchSize = 3,
+    buffer: Annotated[int, typer.Option(help="Segments kept for sleeping experts.")] = 64,
+    commit_every: Annotated[
+        int | None, typer.Option(help="Steps between two influence updates; the cost model chooses if absent.")
+    ] = None,
+    catch_up: Annotated[str, typer.Option(help="auto, eager, replay or product.")] = "auto",
+    seed: Seed = 0,
+    threads: Threads = 1,
+) -> None:
+    """Compare the gradient of sparse RTRL with that of BPTT, parameter by parameter.
+
+    Relative error and cosine in float64, which must be at most 1e-12, and in float32, which may be at most twice that
+    of float32 BPTT. The exit status is 1 if any parameter is off.
+
+    **Examples**
+
+    - `sparse-rtrl check` — lengths 1, 2, 17, 64
+    - `sparse-rtrl check --length 300 --buffer 5 --catch-up product`
+    - `sparse-rtrl check --segment 16 --cell sparse-latent-moe`
+    """
+    values = {
+        **locals(),
+        "task": TaskName.haystack,
+        "min_distance": 0,
+        "commit_every": "auto" if commit_every is None else commit_every,
+    }
+    config = _config(values | {"length": 128})
+    from sparse_rtrl.commands import check_gradient
+
+    if not check_gradient(config, length or [1, 2, 17, 64]):
+        raise typer.Exit(code=1)
+
+
+@app.command(rich_help_panel="Inspect")
+def env() -> None:
+    """Show versions, hardware, and which backends this installation has; paste it into bug reports.
+
+    Example: `sparse-rtrl env`
+    """
+    from sparse_rtrl.commands import show_environment
+
+    show_environment()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

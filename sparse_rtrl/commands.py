@@ -1,0 +1,236 @@
+"""What the commands of ``sparse-rtrl`` do, once their options are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparse_rtrl import contestant, experiments, plots, report, runlog
+from sparse_rtrl.contestant import RunConfig
+from sparse_rtrl.environment import compiled_parts, describe_environment
+from sparse_rtrl.gradient_check import GradientError, gradient_errors
+from sparse_rtrl.tasks import IGNORE, Batch
+from sparse_rtrl.training import train
+
+console = Console()
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("length {task.fields[length]}"),
+        TextColumn("accuracy {task.fields[accuracy]}"),
+        TextColumn("{task.fields[rate]} tokens/s"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+class _Bars:
+    """One progress bar per training, with rolling accuracy and tokens per second."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bars: dict[str, Any] = {}
+        self._recent: dict[str, list[float]] = {}
+
+    def add(self, label: str, updates: int) -> None:
+        """Add the bar of a training that has not begun."""
+        self._bars[label] = self._progress.add_task(label, total=updates, length="-", accuracy="-", rate="-")
+        self._recent[label] = []
+
+    def update(self, label: str, event: dict[str, Any]) -> None:
+        """Advance a bar; called from several threads, one per label."""
+        recent = self._recent[label]
+        recent.append(event["accuracy"])
+        self._progress.update(
+            self._bars[label],
+            completed=event["update"],
+            length=event["length"],
+            accuracy=f"{plots.rolling_mean(recent[-20:], 20)[-1]:.0%}",
+            rate=f"{event['tokens'] / max(event['seconds'], 1e-9):,.0f}",
+        )
+
+
+@contextmanager
+def _bars(trainings: dict[str, int]) -> Iterator[_Bars]:
+    with _progress() as progress:
+        bars = _Bars(progress)
+        for label, updates in trainings.items():
+            bars.add(label, updates)
+        yield bars
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def train_one(config: RunConfig, runs: Path, name: str | None) -> None:
+    """Train in this process, logging to a run folder, and score."""
+    torch.set_num_threads(config.threads)
+    trainer, stream = contestant.build_trainer(config), contestant.build_stream(config)
+    folder = runlog.create_run_folder(runs, name, f"{config.task}-{config.method}")
+    label = experiments.label_of(config)
+    with runlog.RunLog(folder, asdict(config)) as log:
+        with _bars({label: config.updates}) as bars:
+            for progress in train(trainer, stream, config.updates):
+                log.update(progress)
+                bars.update(label, log.rows[-1])
+        results = {}
+        for length in config.eval_lengths:
+            accuracy = contestant.evaluate_at(config, trainer, length)
+            log.evaluation(config.updates, length, accuracy.value)
+            level = contestant.chance(config, length)
+            results[length] = asdict(accuracy) | {
+                "value": accuracy.value,
+                "interval": accuracy.interval,
+                "chance": level,
+            }
+            console.print(
+                f"length {length:,}: {report.format_accuracy(accuracy)} on {accuracy.sequences:,} fresh sequences"
+                f" (chance {level:.1%})",
+                highlight=False,
+            )
+        runlog.write_json(folder / "results.json", {"label": label, "accuracy": results})
+        torch.save(trainer.method.model.state_dict(), folder / "model.pt")  # type: ignore[attr-defined]
+        plots.plot_training(
+            log.rows, contestant.chance(config, config.length), f"{config.task}, {label}", folder / "training.png"
+        )
+    console.print(f"Everything is in {folder}")
+
+
+def compare_on_one_task(
+    config: RunConfig,
+    methods: list[str],
+    parallel: int,
+    time_budget: float | None,
+    runs: Path,
+    name: str | None,
+    kind: str,
+) -> None:
+    """Train, score and measure several methods; print the table and draw the picture."""
+    configs = experiments.configs_for(config, methods)
+    for each in configs:
+        contestant.build_stream(each)  # reports unfit lengths before anything starts
+    folder = runlog.create_run_folder(runs, name, kind)
+    with _bars({experiments.label_of(c): c.updates for c in configs}) as bars:
+        outcomes = experiments.compare_methods(
+            configs, parallel or _cores(), time_budget, on_event=bars.update, on_phase=console.print
+        )
+    runlog.write_json(folder / "config.json", asdict(config))
+    runlog.write_json(
+        folder / "results.json",
+        {"environment": describe_environment(), "outcomes": [outcome.to_dict() for outcome in outcomes]},
+    )
+    rows = [{"method": outcome.label} | row for outcome in outcomes for row in outcome.history]
+    runlog.write_rows(folder / "metrics.csv", [{k: v for k, v in row.items() if k != "event"} for row in rows])
+    plots.plot_comparison(outcomes, config.length, folder / "comparison.png")
+    console.print(report.comparison_table(outcomes, config.length))
+    console.print(f"The picture of it is {folder / 'comparison.png'}")
+
+
+def compare_over_lengths(
+    config: RunConfig, methods: list[str], lengths: list[int], repeats: int, runs: Path, name: str | None
+) -> None:
+    """Measure memory and time over lengths; print the table and draw the picture."""
+    configs = experiments.configs_for(config, methods)
+    for length in lengths:
+        contestant.build_task(config, length, 1, 0)
+    folder = runlog.create_run_folder(runs, name, "scaling")
+    probes = experiments.scaling(configs, sorted(lengths), repeats, console.print)
+    runlog.write_json(folder / "config.json", asdict(config))
+    rows = [{"method": label} | asdict(point) for label, points in probes.items() for point in points]
+    runlog.write_rows(folder / "scaling.csv", rows)
+    plots.plot_scaling(probes, folder / "scaling.png")
+    console.print(report.scaling_table(probes, config.batch_size))
+    console.print(f"The picture of it is {folder / 'scaling.png'}")
+
+
+def compare_over_trials(
+    config: RunConfig,
+    methods: list[str],
+    lengths: list[int],
+    trials: int,
+    parallel: int,
+    runs: Path,
+    name: str | None,
+) -> None:
+    """Train and score over seeds and lengths; print the table and draw the picture."""
+    configs = experiments.configs_for(config, methods)
+    for length in lengths:
+        contestant.build_task(config, length, 1, 0)
+    folder = runlog.create_run_folder(runs, name, "trials")
+    with _progress() as progress:
+        bars = _Bars(progress)
+
+        def note(label: str, event: dict[str, Any]) -> None:
+            if event["update"] == 1:
+                bars.add(label, config.updates)
+            bars.update(label, event)
+
+        results = experiments.run_trials(configs, sorted(lengths), trials, parallel or _cores(), note)
+    runlog.write_json(folder / "config.json", asdict(config))
+    rows = [
+        {"method": row.label, "length": row.length, "trial": i, "chance": row.chance, "accuracy": a.value} | asdict(a)
+        for row in results
+        for i, a in enumerate(row.accuracies)
+    ]
+    runlog.write_rows(folder / "trials.csv", rows)
+    plots.plot_trials(results, folder / "trials.png")
+    console.print(report.trials_table(results))
+    console.print(f"The picture of it is {folder / 'trials.png'}")
+
+
+def check_gradient(config: RunConfig, lengths: list[int]) -> bool:
+    """Print gradient errors against BPTT; whether all are within tolerance."""
+    torch.set_num_threads(config.threads)
+    cell = contestant.build_method(config).model
+    generator = torch.Generator().manual_seed(config.seed)
+    errors: list[GradientError] = []
+    for length in lengths:
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        errors += gradient_errors(
+            cell,  # type: ignore[arg-type]
+            _random_batch(length, config.batch_size, generator),
+            config.segment,
+            buffer=config.buffer,
+            commit_every=config.commit_every,
+            catch_up=config.catch_up,
+        )
+    console.print(report.gradient_table(errors))
+    failed = sum(not error.passed for error in errors)
+    console.print(
+        f"[red]{failed} of {len(errors)} gradients are off[/]" if failed else f"all {len(errors)} gradients agree"
+    )
+    return not failed
+
+
+def _random_batch(length: int, batch_size: int, generator: torch.Generator) -> Batch:
+    """Random inputs with answers asked at random steps, surely at the last one, so that any length can be checked."""
+    x = torch.randn(length, batch_size, 8, generator=generator)
+    target = torch.randint(4, (length, batch_size), generator=generator)
+    silent = torch.rand(length, batch_size, generator=generator) < 0.5
+    silent[-1] = False
+    return Batch(x, target.masked_fill(silent, IGNORE))
+
+
+def show_environment() -> None:
+    """Print the environment, and a notice if nothing is compiled."""
+    table = Table(show_header=False)
+    for name, value in describe_environment().items():
+        table.add_row(name, value)
+    console.print(table)
+    if not compiled_parts():
+        console.print("No compiled parts: every operation runs on the plain PyTorch reference.")
