@@ -34,8 +34,9 @@ install: $(STAMP)  ## Set up .venv only
 demo: $(STAMP)  ## Train the slot cell with RTRL, BPTT and TBPTT and compare them (at most 5 minutes)
 	$(BIN)/sparse-rtrl demo $(DEMO)
 
-test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## Run the tests, one process per core, and every benchmark once
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-disable
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .

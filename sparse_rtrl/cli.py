@@ -101,9 +101,7 @@ StartLength = Annotated[
 ]
 CurriculumUpdates = Annotated[
     int | None,
-    typer.Option(
-        help="Updates until --length is reached; three quarters of --updates if absent.", rich_help_panel=_TASK
-    ),
+    typer.Option(help="Updates until --length is reached; five sixths of --updates if absent.", rich_help_panel=_TASK),
 ]
 CurriculumShape = Annotated[str, typer.Option(help="linear or geometric.", rich_help_panel=_TASK)]
 MinDistance = Annotated[
@@ -120,7 +118,7 @@ Updates = Annotated[int, typer.Option(help="Batches to train on.", rich_help_pan
 Segment = Annotated[int, typer.Option(help="Steps per segment of rtrl and tbptt.", rich_help_panel=_OPTIMIZER)]
 LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of Adam.", rich_help_panel=_OPTIMIZER)]
 FinalLearningRate = Annotated[
-    float | None,
+    float,
     typer.Option("--final-lr", help="Learning rate at the last update, reached linearly.", rich_help_panel=_OPTIMIZER),
 ]
 ClipNorm = Annotated[float, typer.Option(help="Largest gradient norm; 0 for no clipping.", rich_help_panel=_OPTIMIZER)]
@@ -149,7 +147,9 @@ def _config(values: dict[str, Any]) -> RunConfig:
     elif task == "recall":
         options["num_pairs"] = values.get("pairs", 4)
     known = {f.name for f in fields(RunConfig)}
-    settings = {name: v.value if isinstance(v, Enum) else v for name, v in values.items() if name in known}
+    # Options that take several values, such as the methods or lengths of a comparison, are not those of one run.
+    single = {name: v for name, v in values.items() if name in known and not isinstance(v, list)}
+    settings = {name: v.value if isinstance(v, Enum) else v for name, v in single.items()}
     if not settings.get("clip_norm", 1.0):
         settings["clip_norm"] = None
     return RunConfig(**settings, task_options=options)
@@ -166,17 +166,17 @@ def train(
     read_slots: ReadSlots = 2,
     write_slots: WriteSlots = 2,
     task: TaskChoice = TaskName.haystack,
-    length: Length = 90,
+    length: Length = 128,
     start_length: StartLength = 12,
     curriculum_updates: CurriculumUpdates = None,
-    curriculum_shape: CurriculumShape = "linear",
+    curriculum_shape: CurriculumShape = "geometric",
     min_distance: MinDistance = None,
     pairs: Pairs = 4,
     batch_size: BatchSize = 16,
-    updates: Updates = 500,
+    updates: Updates = 300,
     segment: Segment = 8,
-    learning_rate: LearningRate = 1e-2,
-    final_learning_rate: FinalLearningRate = None,
+    learning_rate: LearningRate = 1.5e-2,
+    final_learning_rate: FinalLearningRate = 1.5e-3,
     clip_norm: ClipNorm = 1.0,
     step_per_segment: StepPerSegment = False,
     seed: Seed = 0,
@@ -196,7 +196,7 @@ def train(
 
     **Examples**
 
-    - `sparse-rtrl train` — sparse RTRL on the haystack, length growing from 12 to 90
+    - `sparse-rtrl train` — sparse RTRL on the haystack, length growing from 12 to 128
     - `sparse-rtrl train -m tbptt --segment 8 --name truncated` — the same with truncated BPTT
     - `sparse-rtrl train --task recall --pairs 8 --start-length 40 --length 200 --slot-size 32`
     - `sparse-rtrl train --evaluate-at 128 --evaluate-at 10000` — score far beyond the training length
@@ -217,11 +217,12 @@ def compare_direct(
     length: Length = 128,
     start_length: StartLength = 12,
     curriculum_updates: CurriculumUpdates = None,
+    curriculum_shape: CurriculumShape = "geometric",
     batch_size: BatchSize = 16,
-    updates: Updates = 500,
+    updates: Updates = 300,
     segment: Segment = 8,
-    learning_rate: LearningRate = 1e-2,
-    final_learning_rate: FinalLearningRate = None,
+    learning_rate: LearningRate = 1.5e-2,
+    final_learning_rate: FinalLearningRate = 1.5e-3,
     seed: Seed = 0,
     eval_sequences: EvalSequences = 1000,
     parallel: Parallel = 1,
@@ -289,13 +290,19 @@ def compare_trials(
         typer.Option(help="Steps per sequence; repeat for several.", rich_help_panel=_TASK),
     ] = None,
     start_length: StartLength = 12,
+    curriculum_updates: CurriculumUpdates = None,
+    curriculum_shape: CurriculumShape = "geometric",
     batch_size: BatchSize = 16,
-    updates: Updates = 500,
+    updates: Updates = 300,
     segment: Segment = 8,
-    learning_rate: LearningRate = 1e-2,
-    final_learning_rate: FinalLearningRate = None,
+    learning_rate: LearningRate = 1.5e-2,
+    final_learning_rate: FinalLearningRate = 1.5e-3,
     seed: Seed = 0,
     eval_sequences: EvalSequences = 1000,
+    evaluate_at: Annotated[
+        list[int] | None,
+        typer.Option(help="Further length to score the same models at; repeat.", rich_help_panel=_OPTIMIZER),
+    ] = None,
     parallel: Parallel = 0,
     runs: Runs = Path("runs"),
     name: Name = None,
@@ -309,12 +316,13 @@ def compare_trials(
 
     - `sparse-rtrl compare trials` — 5 seeds at lengths 32, 64, 128
     - `sparse-rtrl compare trials --trials 10 --length 128 -m rtrl -m tbptt`
+    - `sparse-rtrl compare trials --length 128 --evaluate-at 10000 -m rtrl` — score far beyond the training length
     """
     lengths = length or [32, 64, 128]
     config = _config({**locals(), "length": max(lengths)})
     from sparse_rtrl.commands import compare_over_trials
 
-    compare_over_trials(config, [m.value for m in method], lengths, trials, parallel, runs, name)
+    compare_over_trials(config, [m.value for m in method], lengths, evaluate_at or [], trials, parallel, runs, name)
 
 
 @app.command(rich_help_panel="Learn")
@@ -322,13 +330,13 @@ def demo(
     length: Length = 128,
     start_length: StartLength = 12,
     curriculum_updates: CurriculumUpdates = None,
-    curriculum_shape: CurriculumShape = "linear",
+    curriculum_shape: CurriculumShape = "geometric",
     slot_size: SlotSize = 16,
     batch_size: BatchSize = 16,
-    updates: Updates = 500,
+    updates: Updates = 300,
     segment: Segment = 8,
-    learning_rate: LearningRate = 1e-2,
-    final_learning_rate: FinalLearningRate = None,
+    learning_rate: LearningRate = 1.5e-2,
+    final_learning_rate: FinalLearningRate = 1.5e-3,
     seed: Seed = 0,
     eval_sequences: EvalSequences = 1000,
     time_budget: Annotated[

@@ -161,6 +161,7 @@ def compare_over_trials(
     config: RunConfig,
     methods: list[str],
     lengths: list[int],
+    evaluate_at: list[int],
     trials: int,
     parallel: int,
     runs: Path,
@@ -168,7 +169,7 @@ def compare_over_trials(
 ) -> None:
     """Train and score over seeds and lengths; print the table and draw the picture."""
     configs = experiments.configs_for(config, methods)
-    for length in lengths:
+    for length in lengths + evaluate_at:
         contestant.build_task(config, length, 1, 0)
     folder = runlog.create_run_folder(runs, name, "trials")
     with _progress() as progress:
@@ -179,10 +180,20 @@ def compare_over_trials(
                 bars.add(label, config.updates)
             bars.update(label, event)
 
-        results = experiments.run_trials(configs, sorted(lengths), trials, parallel or _cores(), note)
-    runlog.write_json(folder / "config.json", asdict(config))
+        results = experiments.run_trials(
+            configs, sorted(lengths), trials, parallel or _cores(), note, evaluate_at=evaluate_at
+        )
+    runlog.write_json(folder / "config.json", asdict(config) | {"environment": describe_environment()})
     rows = [
-        {"method": row.label, "length": row.length, "trial": i, "chance": row.chance, "accuracy": a.value} | asdict(a)
+        {
+            "method": row.label,
+            "length": row.length,
+            "scored_at": row.scored_at,
+            "seed": config.seed + i,
+            "chance": row.chance,
+            "accuracy": a.value,
+        }
+        | asdict(a)
         for row in results
         for i, a in enumerate(row.accuracies)
     ]

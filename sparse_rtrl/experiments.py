@@ -188,13 +188,15 @@ class Trials:
 
     Attributes:
         label: the method.
-        length: steps per sequence, in training and scoring.
+        length: steps per sequence at the end of the training.
+        scored_at: steps per sequence of the scoring.
         chance: accuracy of guessing.
         accuracies: one per trial.
     """
 
     label: str
     length: int
+    scored_at: int
     chance: float
     accuracies: tuple[Accuracy, ...]
 
@@ -224,15 +226,20 @@ def run_trials(
     trials: int,
     parallel: int = 1,
     on_event: OnEvent | None = None,
+    evaluate_at: Iterable[int] = (),
 ) -> list[Trials]:
     """Train and score every method at every length from several seeds.
 
     Args:
         configs: one run per method; its seed is that of the first trial.
-        lengths: final training length, which is also the length scored at.
+        lengths: final training length, which is also a length scored at.
         trials: seeds per method and length.
         parallel: trainings at a time.
         on_event: see :data:`OnEvent`; labels carry the length and the seed.
+        evaluate_at: further lengths to score every model at.
+
+    Returns:
+        One entry per training length, method and length scored at.
     """
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
@@ -242,17 +249,19 @@ def run_trials(
             for trial in range(trials):
                 start = None if config.start_length is None else min(config.start_length, length)
                 run = replace(
-                    config, length=length, start_length=start, seed=config.seed + trial, eval_lengths=(length,)
+                    config,
+                    length=length,
+                    start_length=start,
+                    seed=config.seed + trial,
+                    eval_lengths=(length, *(e for e in evaluate_at if e != length)),
                 )
                 runs[f"{label_of(config)}, length {length}, seed {run.seed}"] = run
-    outcomes = iter(train_all(runs, parallel, on_event=on_event))
-    return [
-        Trials(
-            label_of(config),
-            length,
-            chance(config, length),
-            tuple(next(outcomes).accuracy[length] for _ in range(trials)),
-        )
-        for length in lengths
-        for config in configs
-    ]
+    outcomes = {outcome.label: outcome for outcome in train_all(runs, parallel, on_event=on_event)}
+    results = []
+    for length in lengths:
+        for config in configs:
+            mine = [outcomes[f"{label_of(config)}, length {length}, seed {config.seed + t}"] for t in range(trials)]
+            for scored_at in mine[0].accuracy:
+                accuracies = tuple(outcome.accuracy[scored_at] for outcome in mine)
+                results.append(Trials(label_of(config), length, scored_at, chance(config, scored_at), accuracies))
+    return results

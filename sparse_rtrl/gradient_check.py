@@ -105,7 +105,7 @@ def gradient_errors(
     segment: int = 1,
     dtypes: Iterable[torch.dtype] = (torch.float64, torch.float32),
     buffer: int = 64,
-    commit_every: int | Literal["auto"] = "auto",
+    commit_every: int | Literal["auto"] | None = None,
     catch_up: Literal["auto", "eager", "replay", "product"] = "auto",
 ) -> list[GradientError]:
     """Compare sparse RTRL with float64 BPTT on one batch, both following the routing of the float64 run.

@@ -134,25 +134,25 @@ def plot_scaling(probes: dict[str, list[Probe]], path: Path) -> None:
 
 
 def plot_trials(trials: Sequence[Trials], path: Path) -> None:
-    """Draw every trial as a point and the mean as a bar, per length, with the chance line.
+    """Draw every trial as a point and the mean as a bar, per length trained to and scored at, with the chance line.
 
     Args:
-        trials: results per method and length.
+        trials: results per method and lengths.
         path: PNG file to write.
     """
-    lengths = sorted({t.length for t in trials})
+    panels_of = sorted({(t.length, t.scored_at) for t in trials})
     labels = list(dict.fromkeys(t.label for t in trials))
-    figure = Figure(figsize=(2 + 3.5 * len(lengths), 5), layout="constrained")
-    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-    for axes, length in zip(panels, lengths, strict=True):
-        here = {t.label: t for t in trials if t.length == length}
+    figure = Figure(figsize=(2 + 3.5 * len(panels_of), 5), layout="constrained")
+    panels = figure.subplots(1, len(panels_of), sharey=True, squeeze=False)[0]
+    for axes, (length, scored_at) in zip(panels, panels_of, strict=True):
+        here = {t.label: t for t in trials if (t.length, t.scored_at) == (length, scored_at)}
         for place, label in enumerate(labels):
             values = [a.value for a in here[label].accuracies]
             axes.bar(place, here[label].mean, color=f"C{place}", alpha=0.4)
             axes.scatter([place] * len(values), values, color=f"C{place}", zorder=3)
         _chance_line(axes, here[labels[0]].chance)
         axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right")
-        axes.set(title=f"length {length}", ylim=(0, 1.05))
+        axes.set(title=f"trained to {length:,}, scored at {scored_at:,}", ylim=(0, 1.05))
     panels[0].set_ylabel("accuracy on fresh sequences, each trial")
     panels[0].legend(loc="center right")
     _save(figure, path)

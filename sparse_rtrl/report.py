@@ -75,7 +75,8 @@ def trials_table(trials: Sequence[Trials], threshold: float = 0.99) -> Table:
         title=f"{len(trials[0].accuracies)} independent trials per row, each trained before it was scored",
         caption="The interval is Wilson's at 95 % for the share of trials that solve the task.",
     )
-    table.add_column("length", justify="right")
+    table.add_column("trained to", justify="right")
+    table.add_column("scored at", justify="right")
     table.add_column("method")
     for heading in ("mean accuracy", "worst to best", f"solved (≥ {threshold:.0%})", "95 % interval", "chance"):
         table.add_column(heading, justify="right")
@@ -84,6 +85,7 @@ def trials_table(trials: Sequence[Trials], threshold: float = 0.99) -> Table:
         worst, best = row.range
         table.add_row(
             f"{row.length:,}",
+            f"{row.scored_at:,}",
             row.label,
             f"{row.mean:.1%}",
             f"{worst:.1%} to {best:.1%}",

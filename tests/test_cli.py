@@ -1,0 +1,112 @@
+"""The command line, end to end on tiny runs."""
+
+import csv
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from sparse_rtrl.cli import app
+
+TINY = ["--batch-size", "2", "--updates", "3", "--eval-sequences", "20", "--slot-size", "8", "--length", "12"]
+
+
+def invoke(*arguments, status=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def test_help_teaches():
+    for command in ((), ("train",), ("compare",), ("compare", "direct"), ("compare", "scaling"), ("compare", "trials")):
+        assert "--help" in invoke(*command, "--help")
+    for command in ("train", "demo", "check", "env"):
+        assert "Example" in invoke(command, "--help")
+
+
+def test_env_names_versions_and_backends():
+    output = invoke("env")
+    assert "torch" in output and "2." in output
+
+
+@pytest.mark.parametrize("method", ["rtrl", "bptt", "tbptt", "jacrev", "gru-bptt"])
+def test_train_keeps_everything_in_a_run_folder(method, tmp_path):
+    output = invoke("train", "-m", method, *TINY, "--runs", tmp_path, "--name", "it", "--evaluate-at", 16)
+    folder = tmp_path / "it"
+    assert "chance 25.0%" in output and "length 16" in output
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["update"] for row in rows] == ["1", "2", "3"]
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+    assert json.loads((folder / "config.json").read_text())["method"] == method
+    assert "16" in json.loads((folder / "results.json").read_text())["accuracy"]
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert list(folder.glob("events.out.tfevents.*")) and (folder / "model.pt").exists()
+
+
+@pytest.mark.parametrize("task", ["haystack", "copy", "anbn", "recall"])
+def test_every_task_trains(task, tmp_path):
+    arguments = ["--batch-size", "2", "--updates", "2", "--eval-sequences", "4", "--slot-size", "8", "--segment", "4"]
+    output = invoke("train", "--task", task, "--length", 40, "--start-length", 40, *arguments, "--runs", tmp_path)
+    assert "fresh sequences" in output
+
+
+def test_demo_ends_with_a_table_and_a_picture(tmp_path):
+    output = invoke("demo", *TINY, "--runs", tmp_path, "--name", "demo", "--time-budget", 200)
+    for word in ("sparse RTRL, segment 8", "BPTT", "TBPTT(8)", "chance", "25.0%", "peak memory", "time per token"):
+        assert word in output
+    assert (tmp_path / "demo" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    outcomes = json.loads((tmp_path / "demo" / "results.json").read_text())["outcomes"]
+    assert [o["probe"]["peak_bytes"] > 0 for o in outcomes] == [True] * 3
+
+
+def test_compare_direct_and_trials_and_scaling(tmp_path):
+    output = invoke("compare", "direct", *TINY, "-m", "gru-bptt", "--runs", tmp_path, "--name", "direct")
+    assert "GRU" in output and "chance" in output
+    tiny = [a for a in TINY if a not in ("--length", "12")]
+    output = invoke(
+        *("compare", "trials", *tiny, "-m", "rtrl", "--trials", 2, "--length", 12, "--evaluate-at", 20),
+        *("--runs", tmp_path, "--name", "trials"),
+    )
+    with (tmp_path / "trials" / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["length"], r["scored_at"], r["seed"]) for r in rows[:4]] == [
+        ("12", "12", "0"),
+        ("12", "12", "1"),
+        ("12", "20", "0"),
+        ("12", "20", "1"),
+    ]
+    output = invoke(
+        *("compare", "scaling", "-m", "bptt", "--length", 16, "--length", 32, "--batch-size", 2),
+        *("--slot-size", 8, "--repeats", 1, "--runs", tmp_path, "--name", "scaling"),
+    )
+    assert "peak memory" in output and (tmp_path / "scaling" / "scaling.png").exists()
+
+
+def test_check_passes_and_fails_with_its_exit_status(monkeypatch):
+    output = invoke("check", "--length", 5, "--length", 17, "--slot-size", 4)
+    assert "all 48 gradients agree" in output and "control.bias" in output
+    from sparse_rtrl.influence import Influence
+
+    original = Influence.loss_gradient
+    monkeypatch.setattr(
+        Influence, "loss_gradient", lambda self, position, u, step: original(self, position, 1.01 * u, step)
+    )
+    assert "are off" in invoke("check", "--length", 17, "--slot-size", 4, status=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--top-k", 9], "top_k must be at most num_experts=4, got 9"),
+        (["train", "--length", 3], "length"),
+        (["train", "--batch-size", 0], "batch_size must be at least 1, got 0"),
+        (["compare", "direct", "-m", "rtrl", "-m", "rtrl"], "methods must be distinct"),
+        (["check", "--length", 0], "length must be at least 1, got 0"),
+        (["check", "--catch-up", "lazy"], "catch_up must be one of"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, tmp_path):
+    runs = [] if arguments[0] == "check" else ["--runs", tmp_path]
+    output = invoke(*arguments, *runs, status=2)
+    assert message in output and "Traceback" not in output
