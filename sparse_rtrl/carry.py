@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.estimate import check_memory
 from sparse_rtrl.graph_capture import GraphCapture, walk
 from sparse_rtrl.influence import Influence, check_finite
@@ -37,21 +38,6 @@ class _Entry:
         gradients = self.carry._gradients(self.index, u)
         self.used = True
         return gradients
-
-
-class _EnterSegment(torch.autograd.Function):
-    """Identity on the state; in the backward pass adds the gradient through the past to the parameters."""
-
-    @staticmethod
-    def forward(ctx: Any, entry: _Entry, state: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.entry = entry
-        return state.view_as(state)
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise RuntimeError("create_graph=True is not supported: the influence is not differentiable")
-        return None, None, *ctx.entry.gradients(u)
 
 
 class Carry:
@@ -130,7 +116,7 @@ class Carry:
         end = self._flat(leaves)
         if self._entry is not None:
             self._close_segment(end)
-        entry = _EnterSegment.apply(_Entry(self, self._segments), end.detach(), *self._selected_tensors())
+        entry = EnterSegment.apply(_Entry(self, self._segments), end.detach(), *self._selected_tensors())
         self._entry = entry
         return pytree.tree_unflatten(self._unflat(entry, leaves), structure)
 

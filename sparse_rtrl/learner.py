@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from sparse_rtrl.engine import Engine
+from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.estimate import choose_commit_every
 from sparse_rtrl.influence import CatchUp, check_finite
@@ -44,23 +45,6 @@ class _Entry:
         gradients = self.engine.groups.split(*influence.loss_gradient(self.position, u.flatten(1), self.step))
         self.used = True
         return gradients
-
-
-class _EnterSegment(torch.autograd.Function):
-    """Identity on the state; in the backward pass adds the gradient through the past to the parameters."""
-
-    @staticmethod
-    def forward(ctx: Any, entry: _Entry, state: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.entry = entry
-        return state.view_as(state)
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise RuntimeError("create_graph=True is not supported: the influence is not differentiable")
-        gradients = ctx.entry.gradients(u)
-        wanted = ctx.needs_input_grad[2:]
-        return None, None, *(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
 class RTRL:
@@ -163,7 +147,7 @@ class RTRL:
                     routing = engine.cell.route(xs[0], self._state)
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing)
             entry = _Entry(engine)
-            state = _EnterSegment.apply(entry, self._state, *tensors)
+            state = EnterSegment.apply(entry, self._state, *tensors)
             outputs, steps = [], []
             for number, x in enumerate(xs, engine.steps):
                 with torch.no_grad():
