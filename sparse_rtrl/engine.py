@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from sparse_rtrl import ops
 from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.estimate import check_memory
 from sparse_rtrl.influence import CatchUp, Influence
@@ -23,13 +24,14 @@ class Engine:
         batch_size: streams ``B``.
         buffer: segments kept for sleeping experts.
         catch_up: how sleeping experts catch up, see :class:`~sparse_rtrl.influence.Influence`.
+        backend: what computes, see :func:`sparse_rtrl.ops.select`.
 
     Raises:
         ContractError: if the cell has modules that couple the rows of a batch or draw random numbers.
         MemoryError: if the influence does not fit, with the numbers.
     """
 
-    def __init__(self, cell: SlotCell, batch_size: int, buffer: int, catch_up: CatchUp) -> None:
+    def __init__(self, cell: SlotCell, batch_size: int, buffer: int, catch_up: CatchUp, backend: ops.Backend = "auto") -> None:
         if not isinstance(cell, SlotCell):
             raise TypeError(f"cell must be a SlotCell, got {type(cell).__name__}")
         if batch_size < 1:
@@ -45,6 +47,7 @@ class Engine:
         self.batch_size = batch_size
         self.buffer = buffer
         self.catch_up = catch_up
+        self.backend: ops.Backend = backend
         self.steps = 0
         self._build()
 
@@ -72,6 +75,7 @@ class Engine:
             self.catch_up,
             like.dtype,
             like.device,
+            self.backend,
         )
 
     def tensors(self) -> list[Tensor]:

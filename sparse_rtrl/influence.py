@@ -40,6 +40,7 @@ class Influence:
             multiplications.
         dtype: of the influence.
         device: where it is kept.
+        backend: what computes, see :func:`sparse_rtrl.ops.select`.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Influence:
         catch_up: CatchUp,
         dtype: torch.dtype,
         device: torch.device,
+        backend: ops.Backend = "auto",
     ) -> None:
         if catch_up not in get_args(CatchUp):
             raise ValueError(f"catch_up must be one of {get_args(CatchUp)}, got {catch_up!r}")
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1, got {buffer}")
+        self._ops = ops.select(backend, device, dtype)
         self.groups = groups
         self.batch_size = batch_size
         self.num_slots = num_slots
@@ -81,7 +84,7 @@ class Influence:
         self.tree: CircularTree | None = None
         if catch_up != "eager" and experts:
             levels = 0 if catch_up == "replay" else None
-            self.tree = CircularTree(buffer, batch_size, num_slots, slot_size, dtype, device, levels=levels)
+            self.tree = CircularTree(buffer, batch_size, num_slots, slot_size, dtype, device, levels, backend)
 
     def record(self, steps: list[StepJacobian]) -> None:
         """Add captured steps to the current window and wake the experts they use."""
@@ -126,9 +129,9 @@ class Influence:
             v = v.scatter(1, rows, 0.0).scatter_add_(1, support, gain)
         self.window_loss_row += v
         every = torch.arange(self.batch_size, device=v.device)
-        ops.loss_row_(self.core, v, every)
+        self._ops.loss_row_(self.core, v, every)
         awake = self.awake.nonzero()
-        ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
+        self._ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
         core_row, expert_row = self._take_loss_rows(self.awake)
         return core + core_row, experts + expert_row
 
@@ -161,7 +164,7 @@ class Influence:
                 self.events["expiries"] += len(expiring)
                 self._catch_up(expiring)
         for P, factors in ((self.core, segment.core), (self.experts, segment.expert)):
-            ops.influence_update_(
+            self._ops.influence_update_(
                 P,
                 segment.Jh,
                 segment.write,
@@ -272,7 +275,7 @@ class Influence:
 
     def _apply(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None, pairs: Tensor) -> None:
         """Move the matrices of some (stream, expert) pairs through a map without immediate Jacobian."""
-        ops.influence_update_(
+        self._ops.influence_update_(
             self.experts, Jh, write, support, loss_row, pairs[:, 0].contiguous(), self._rows(pairs), [], [], []
         )
 
@@ -288,37 +291,37 @@ class Influence:
         rows = self._rows(pairs)
         handed_out = self.handed_out[streams, experts]
         if bool(handed_out.any()):
-            ops.loss_row_(self.experts, -handed_out, rows)
+            self._ops.loss_row_(self.experts, -handed_out, rows)
         starts = self.last_update[streams, experts]
-        if self._product_is_cheaper(self.commits - starts):
-            for start in starts.unique().tolist():
-                if start < self.commits:
-                    self._apply_node(self.tree.product(start), pairs[starts == start])
-                    self.events["products"] += 1
-        else:
-            for index, node in self.tree.segments(int(starts.min())):
-                self._apply_node(node, pairs[starts <= index])
-                self.events["replays"] += 1
+        gaps = self.commits - starts
+        by_product = self._by_product(gaps)
+        merged, replayed = (by_product & (gaps > 0)).nonzero().flatten(), (~by_product & (gaps > 0)).nonzero().flatten()
+        if len(merged):
+            keys, inverse = torch.stack((streams[merged], starts[merged])).unique(dim=1, return_inverse=True)
+            node = self.tree.suffixes(keys[0], keys[1])
+            self._ops.influence_update_(
+                self.experts, node.blocks, node.rows, node.cols, node.loss_row, inverse, rows[merged], [], [], []
+            )
+            self.events["products"] += keys.shape[1]
+        if len(replayed):
+            self.tree.replay_(self.experts, streams[replayed], rows[replayed], starts[replayed])
+            self.events["replays"] += int(gaps[replayed].max())
         window_loss_row = self.window_loss_row.index_select(0, streams)
         if bool(window_loss_row.any()):
-            ops.loss_row_(self.experts, window_loss_row, rows)
+            self._ops.loss_row_(self.experts, window_loss_row, rows)
         self.handed_out[streams, experts] = window_loss_row
         self.last_update[streams, experts] = self.commits
 
-    def _apply_node(self, node: Node, pairs: Tensor) -> None:
-        self._apply(node.blocks, node.rows, node.cols, node.loss_row, pairs)
-
-    def _product_is_cheaper(self, gaps: Tensor) -> bool:
-        """Whether merged products need fewer multiplications than replaying every missed segment."""
+    def _by_product(self, gaps: Tensor) -> Tensor:
+        """Which of the gaps ``(M,)`` are bridged by a merged product, ``(M,)`` bool."""
         if self.catch_up != "auto" or self.tree is None:
-            return self.catch_up == "product"
-        longest = int(gaps.max())
-        if longest < 2:
-            return False
-        newest = next(self.tree.segments(self.commits - 1))[1]
+            return torch.full_like(gaps, self.catch_up == "product", dtype=torch.bool)
+        newest = next(self.tree.segments(self.commits - 1))[1] if int(gaps.max()) > 1 else None
+        if newest is None:
+            return torch.zeros_like(gaps, dtype=torch.bool)
         kw, ks = newest.rows.shape[1], newest.cols.shape[1]
-        product = min(self.num_slots, longest * kw) * min(self.num_slots, longest * ks)
-        return product < float(gaps.double().mean()) * kw * ks
+        product = (gaps * kw).clamp(max=self.num_slots) * (gaps * ks).clamp(max=self.num_slots)
+        return product < gaps * kw * ks
 
     def _owed_rows(self, pairs: Tensor) -> Tensor:
         """Loss row vectors since the last update of sleeping pairs, ``(B, E, H)``; ``pairs (B, E)`` bool."""
@@ -336,16 +339,18 @@ class Influence:
         owed = total - self.handed_out[streams, experts]
         if bool(owed.any()):
             self.events["payments"] += int(owed.any(1).sum())
-            ops.loss_row_(self.experts, owed, self._rows(pairs))
+            self._ops.loss_row_(self.experts, owed, self._rows(pairs))
             self.handed_out[streams, experts] = total
 
     def _take_loss_rows(self, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over the streams, and zero, the loss rows of the core and of the pairs in ``experts (B, E)`` bool."""
         core = self.core[:, -1].sum(0)
         self.core[:, -1] = 0
-        rows = self.experts[:, -1].view(self.batch_size, self.groups.num_experts, self.groups.expert_columns)
-        taken = (rows * experts.unsqueeze(-1)).sum(0)
-        rows.masked_fill_(experts.unsqueeze(-1), 0.0)
+        pairs = experts.nonzero()
+        rows, loss_rows = self._rows(pairs), self.experts[:, -1]
+        taken = core.new_zeros(self.groups.num_experts, self.groups.expert_columns)
+        taken.index_add_(0, pairs[:, 1], loss_rows.index_select(0, rows))
+        loss_rows.index_fill_(0, rows, 0.0)
         return core, taken
 
     def _segment_node(self, Jh: Tensor, write: Tensor, support: Tensor) -> Node:

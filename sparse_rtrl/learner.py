@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from sparse_rtrl import ops
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.estimate import choose_commit_every
@@ -75,10 +76,12 @@ class RTRL:
             steps cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by
             the cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
         catch_up: how sleeping experts catch up: ``"auto"``, ``"eager"``, ``"replay"`` or ``"product"``.
+        backend: what computes the influence: ``"auto"`` (compiled where it was built), ``"reference"`` or ``"cpp"``.
 
     Raises:
         ContractError: if the cell couples the rows of a batch or draws random numbers.
         MemoryError: if the influence does not fit into memory, with the numbers.
+        BackendError: if the backend is not there, with the remedy.
     """
 
     def __init__(
@@ -88,10 +91,11 @@ class RTRL:
         buffer: int = 64,
         commit_every: int | Literal["auto"] = "auto",
         catch_up: CatchUp = "auto",
+        backend: ops.Backend = "auto",
     ) -> None:
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
-        self._engine = Engine(cell, batch_size, buffer, catch_up)
+        self._engine = Engine(cell, batch_size, buffer, catch_up, backend)
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = cell.initial_state(batch_size).detach()
 
