@@ -260,6 +260,10 @@ NodeTensors suffix_product(std::vector<Tensor> rows, std::vector<Tensor> cols, s
   streams = checked_indices("streams", streams, {count}, nodes.batch());
   paths = checked("paths", paths, ScalarType::Long, {count, -1});
   const int64_t depth = paths.size(1);
+  if (num_rows < 0 || num_cols < 0 || (num_rows > 0 && num_cols == 0)) {
+    throw std::invalid_argument("num_cols must be at least 1 where num_rows is, got " + std::to_string(num_rows) +
+                                " rows and " + std::to_string(num_cols) + " columns");
+  }
   for (int64_t q = 0; q < count; ++q) {
     for (int64_t i = 0; i < depth; ++i) {
       const int64_t node = indices(paths)[q * depth + i];

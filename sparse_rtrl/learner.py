@@ -12,7 +12,7 @@ from sparse_rtrl import ops
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.estimate import choose_commit_every
-from sparse_rtrl.influence import CatchUp
+from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 
 
@@ -71,7 +71,7 @@ class RTRL:
         cell: the cell to train.
         batch_size: streams ``B``.
         buffer: segments kept for sleeping experts; one that sleeps longer is brought up to date before its Jacobians
-            leave the buffer.
+            leave the buffer. ``"auto"`` lets the planner choose at the first step.
         commit_every: steps between two influence updates. The gradient at every step is exact whatever it is; more
             steps cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by
             the cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
@@ -88,7 +88,7 @@ class RTRL:
         self,
         cell: SlotCell,
         batch_size: int,
-        buffer: int = 64,
+        buffer: int | Literal["auto"] = "auto",
         commit_every: int | Literal["auto"] = "auto",
         catch_up: CatchUp = "auto",
         backend: ops.Backend = "auto",
@@ -160,6 +160,7 @@ class RTRL:
                 with torch.no_grad():
                     routing = engine.cell.route(xs[0], self._state)
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing)
+            engine.influence.commit_every = self.commit_every
             if len(engine.influence.window) >= self.commit_every:
                 engine.influence.commit()
             entry = _Entry(engine)

@@ -233,11 +233,7 @@ def suffix_product(
         product = parts[0]
         for newer in parts[1:]:
             product = list(tree_merge(*newer, *product, num_slots, slot_size))
-        new_rows, new_cols = (
-            union_slots(torch.cat((slots, slots[:, -1:].expand(-1, size)), 1), slots[:, :0], size)
-            for slots, size in ((product[0], num_rows), (product[1], num_cols))
-        )
-        out.append((new_rows, new_cols, *embed_node(*product, new_rows, new_cols, slot_size)))
+        out.append(widen(*product, num_rows, num_cols, slot_size))
     if not out:
         like, w, r = blocks[0], num_rows * slot_size, num_cols * slot_size
         return (
@@ -248,6 +244,19 @@ def suffix_product(
         )
     r0, c0, b0, u0 = (torch.cat(part) for part in zip(*out, strict=True))
     return r0, c0, b0, u0
+
+
+def widen(
+    rows: Tensor, cols: Tensor, blocks: Tensor, loss_row: Tensor, num_rows: int, num_cols: int, slot_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same map written over ``num_rows`` and ``num_cols`` slots, repeating the largest slot of each stream."""
+    new_cols = cols if cols.shape[1] or not num_cols else cols.new_zeros(len(cols), 1)
+    new_rows = rows if rows.shape[1] or not num_rows else new_cols[:, -1:]
+    new_rows = torch.cat((new_rows, new_rows[:, -1:].expand(-1, num_rows - new_rows.shape[1])), dim=1)
+    new_cols = torch.cat((new_cols, new_cols[:, -1:].expand(-1, num_cols - new_cols.shape[1])), dim=1)
+    # Slots may repeat up to a width beyond the room; what is cut off are repetitions.
+    new_rows, new_cols = new_rows[:, :num_rows].contiguous(), new_cols[:, :num_cols].contiguous()
+    return new_rows, new_cols, *embed_node(rows, cols, blocks, loss_row, new_rows, new_cols, slot_size)
 
 
 def catch_up_(

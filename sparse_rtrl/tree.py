@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_rtrl import ops
-from sparse_rtrl.reference import embed_node, pull_back, slot_entries, union_slots
+from sparse_rtrl.reference import embed_node, pull_back, slot_entries, union_slots, widen
 
 
 @dataclass(frozen=True)
@@ -376,11 +376,10 @@ class CircularTree:
 
     def _widen(self, node: Node) -> Node:
         """The same map written over ``S`` rows and columns, repeating the largest slot of each stream."""
-        cols = node.cols if node.cols.shape[1] else node.cols.new_zeros(self.batch_size, 1)
-        rows = node.rows if node.rows.shape[1] else cols[:, -1:]
-        rows = torch.cat((rows, rows[:, -1:].expand(-1, self.num_slots - rows.shape[1])), dim=1)
-        cols = torch.cat((cols, cols[:, -1:].expand(-1, self.num_slots - cols.shape[1])), dim=1)
-        return node.embed(rows, cols)
+        rows, cols, blocks, loss_row = widen(
+            node.rows, node.cols, node.blocks, node.loss_row, self.num_slots, self.num_slots, self.slot_size
+        )
+        return replace(node, rows=rows, cols=cols, blocks=blocks, loss_row=loss_row)
 
     def _identity(self) -> Node:
         none = torch.zeros(self.batch_size, 0, dtype=torch.int64, device=self.device)
