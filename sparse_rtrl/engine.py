@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from sparse_rtrl import ops
 from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.estimate import check_memory
-from sparse_rtrl.influence import CatchUp, Influence, check_finite
+from sparse_rtrl.influence import Influence, check_finite
 from sparse_rtrl.jacobian import JacobianCapture, StepJacobian
 from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.precision import full_precision
 from sparse_rtrl.slot_cell import Routing, SlotCell
 
@@ -22,15 +25,23 @@ class Engine:
     Args:
         cell: the cell.
         batch_size: streams ``B``.
-        buffer: segments kept for sleeping experts.
+        buffer: segments kept for sleeping experts, or ``"auto"``.
         catch_up: how sleeping experts catch up, see :class:`~sparse_rtrl.influence.Influence`.
+        backend: what computes, see :func:`sparse_rtrl.ops.select`.
 
     Raises:
         ContractError: if the cell has modules that couple the rows of a batch or draw random numbers.
         MemoryError: if the influence does not fit, with the numbers.
     """
 
-    def __init__(self, cell: SlotCell, batch_size: int, buffer: int, catch_up: CatchUp) -> None:
+    def __init__(
+        self,
+        cell: SlotCell,
+        batch_size: int,
+        buffer: int | Literal["auto"],
+        catch_up: CatchUp,
+        backend: ops.Backend = "auto",
+    ) -> None:
         if not isinstance(cell, SlotCell):
             raise TypeError(f"cell must be a SlotCell, got {type(cell).__name__}")
         if batch_size < 1:
@@ -48,8 +59,9 @@ class Engine:
             raise ContractError(refused)
         self.cell = cell
         self.batch_size = batch_size
-        self.buffer = buffer
+        self.buffer: int | Literal["auto"] = buffer
         self.catch_up = catch_up
+        self.backend: ops.Backend = backend
         self.steps = 0
         self._build()
 
@@ -77,6 +89,7 @@ class Engine:
             self.catch_up,
             like.dtype,
             like.device,
+            self.backend,
         )
 
     @full_precision

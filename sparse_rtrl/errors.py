@@ -30,3 +30,7 @@ class NonFiniteError(FloatingPointError):
             " lower the learning rate, clip gradients, or reset these streams"
         )
         self.step, self.streams, self.group = step, streams, group
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that is not there; the message names the remedy."""

@@ -13,12 +13,14 @@ from sparse_rtrl import ops
 from sparse_rtrl.errors import NonFiniteError
 from sparse_rtrl.jacobian import StepJacobian, direct_gradient
 from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.plan import DEFAULT_BUFFER, CatchUp, Plan, forced, plan, planner_built
 from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
+from sparse_rtrl.slot_cell import Routing
 from sparse_rtrl.tree import CircularTree, Node, leaf
 
-CatchUp = Literal["auto", "eager", "replay", "product"]
+PLAN_FIELDS = ("eager", "buffer", "levels", "product_from")
 
 
 class Influence:
@@ -35,12 +37,14 @@ class Influence:
         batch_size: streams ``B``.
         num_slots: ``S``.
         slot_size: ``D``.
-        buffer: segments kept for sleeping experts.
+        buffer: segments kept for sleeping experts; ``"auto"`` lets the planner choose at the first step.
         catch_up: ``"eager"`` moves every expert at every commit; ``"replay"`` applies the missed segments one by one;
-            ``"product"`` applies their merged product once; ``"auto"`` takes the one of the last two that needs fewer
-            multiplications.
+            ``"product"`` applies their merged product once; ``"auto"`` takes what the planner predicts to be cheapest,
+            and plans again when the interval between flushes has changed. Where the planner was not built, it takes
+            the one of the last two that needs fewer multiplications.
         dtype: of the influence.
         device: where it is kept.
+        backend: what computes, see :func:`sparse_rtrl.ops.select`.
     """
 
     def __init__(
@@ -49,20 +53,24 @@ class Influence:
         batch_size: int,
         num_slots: int,
         slot_size: int,
-        buffer: int,
+        buffer: int | Literal["auto"],
         catch_up: CatchUp,
         dtype: torch.dtype,
         device: torch.device,
+        backend: ops.Backend = "auto",
     ) -> None:
         if catch_up not in get_args(CatchUp):
             raise ValueError(f"catch_up must be one of {get_args(CatchUp)}, got {catch_up!r}")
-        if buffer < 1:
-            raise ValueError(f"buffer must be at least 1, got {buffer}")
+        if buffer != "auto" and (not isinstance(buffer, int) or buffer < 1):
+            raise ValueError(f"buffer must be 'auto' or at least 1, got {buffer!r}")
+        self._ops = ops.select(backend, device, dtype)
         self.groups = groups
         self.batch_size = batch_size
         self.num_slots = num_slots
         self.slot_size = slot_size
-        self.catch_up = catch_up
+        self.catch_up: CatchUp = catch_up
+        self.buffer: int | Literal["auto"] = buffer
+        self.backend: ops.Backend = backend
         hidden, experts = num_slots * slot_size, groups.num_experts
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.core = torch.zeros(batch_size, hidden + 1, groups.core_columns, **options)
@@ -82,18 +90,79 @@ class Influence:
         self.events: Counter[str] = Counter()
         """How often things happened: wakes, expiries, replays, products, payments."""
         self.tree: CircularTree | None = None
-        if catch_up != "eager" and experts:
-            levels = 0 if catch_up == "replay" else None
-            self.tree = CircularTree(buffer, batch_size, num_slots, slot_size, dtype, device, levels=levels)
+        self.plan: Plan | None = None
+        """How sleeping experts are kept; None until the first step, where it takes the sizes of a step to decide."""
+        self.commit_every = 1
+        """Steps of a segment, for the planner."""
+        self._steps_since_flush = 0
+        self._flush_interval = 1.0
+        self._planned_interval = 1.0
+        if catch_up == "eager" or not experts:
+            self._begin(Plan(eager=True))
+        elif buffer != "auto" and (catch_up != "auto" or not planner_built()):
+            self._begin(forced(catch_up, buffer))
+
+    def _begin(self, chosen: Plan) -> None:
+        """Follow a plan from the current commit on, where every influenced expert is up to date."""
+        self.plan = chosen
+        self.tree = None if chosen.eager else self._new_tree(chosen)
+        self.awake.fill_(chosen.eager)
+        self.last_update.fill_(self.commits)
+        self.handed_out.zero_()
+        if self.tree is not None:
+            self.tree.begin_at(self.commits)
+
+    def _new_tree(self, chosen: Plan) -> CircularTree:
+        shape = (self.batch_size, self.num_slots, self.slot_size)
+        return CircularTree(chosen.buffer, *shape, self.core.dtype, self.core.device, chosen.levels, self.backend)
+
+    def _make_plan(self, routing: Routing) -> Plan:
+        if not planner_built() and self.catch_up == "auto":
+            return forced("auto", DEFAULT_BUFFER)
+        self._planned_interval = self._flush_interval
+        return plan(
+            num_slots=self.num_slots,
+            slot_size=self.slot_size,
+            read_slots=routing.read.shape[1],
+            write_slots=routing.write.shape[1],
+            num_experts=self.groups.num_experts,
+            top_k=routing.experts.shape[1],
+            expert_columns=self.groups.expert_columns,
+            batch_size=self.batch_size,
+            commit_every=self.commit_every,
+            flush_every=self._flush_interval,
+            buffer=self.buffer,
+            itemsize=self.core.element_size(),
+            catch_up=self.catch_up,
+        )
+
+    def _plan_again(self, routing: Routing) -> None:
+        """After a commit: plan again if flushes have become rarer or more frequent than was planned for."""
+        interval = max(self._flush_interval, float(self._steps_since_flush))
+        if self.catch_up != "auto" or not planner_built() or not self.groups.num_experts:
+            return
+        if not self._planned_interval / 3 < interval < 3 * self._planned_interval:
+            self._flush_interval = interval
+            chosen = self._make_plan(routing)
+            if self.plan is None or [getattr(chosen, f) for f in PLAN_FIELDS] != [
+                getattr(self.plan, f) for f in PLAN_FIELDS
+            ]:
+                self._catch_up((self.influenced & ~self.awake).nonzero())
+                self._begin(chosen)
+                self.events["plans"] += 1
 
     @full_precision
     def record(self, steps: list[StepJacobian]) -> None:
         """Add captured steps to the current window and wake the experts they use."""
+        if self.plan is None and steps:
+            self._begin(self._make_plan(steps[0].routing))
+        self._steps_since_flush += len(steps)
         for step in steps:
             self.window.append(step)
-            if self.tree is None:
-                continue
             used = torch.zeros_like(self.awake).scatter_(1, step.routing.experts, True)
+            if self.tree is None:
+                self.influenced |= used
+                continue
             woken = used & ~self.awake
             self.awake |= used
             pairs = (woken & self.influenced).nonzero()
@@ -130,9 +199,9 @@ class Influence:
             v = v.scatter(1, rows, 0.0).scatter_add_(1, support, gain)
         self.window_loss_row += v
         every = torch.arange(self.batch_size, device=v.device)
-        ops.loss_row_(self.core, v, every)
+        self._ops.loss_row_(self.core, v, every)
         awake = self.awake.nonzero()
-        ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
+        self._ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
         core_row, expert_row = self._take_loss_rows(self.awake)
         if not bool(torch.isfinite(core_row.sum() + expert_row.sum())):
             bad = ~torch.isfinite(self.core).flatten(1).all(1)
@@ -146,6 +215,9 @@ class Influence:
         Returns:
             Core ``(N_core,)`` and experts ``(E, N_expert)``, summed over the streams.
         """
+        if self._steps_since_flush:
+            self._flush_interval += 0.5 * (self._steps_since_flush - self._flush_interval)
+            self._steps_since_flush = 0
         self._pay(self.influenced & ~self.awake)
         return self._take_loss_rows(torch.ones_like(self.awake))
 
@@ -171,7 +243,7 @@ class Influence:
                 self.events["expiries"] += len(expiring)
                 self._catch_up(expiring)
         for P, factors in ((self.core, segment.core), (self.experts, segment.expert)):
-            ops.influence_update_(
+            self._ops.influence_update_(
                 P,
                 segment.Jh,
                 segment.write,
@@ -194,7 +266,9 @@ class Influence:
             self.handed_out[current] = 0
             self.awake.zero_()
         self.commits += 1
+        routing = self.window[-1].routing
         self._new_window()
+        self._plan_again(routing)
 
     @full_precision
     def reset(self, streams: Tensor) -> None:
@@ -230,6 +304,8 @@ class Influence:
             **{name: getattr(self, name).clone() for name in _TENSORS},
             "parameters": [(p.name, p.start) for p in self.groups.all],
             "commits": self.commits,
+            "plan": None if self.plan is None else {name: getattr(self.plan, name) for name in PLAN_FIELDS},
+            "intervals": (self._steps_since_flush, self._flush_interval, self._planned_interval),
             "events": dict(self.events),
             "tree": None if self.tree is None else self.tree.state_dict(),
         }
@@ -251,10 +327,16 @@ class Influence:
                     f"{name} must be {expected.dtype} of shape {tuple(expected.shape)},"
                     f" got {got.dtype} {tuple(got.shape)}: the state is of another cell, batch size or dtype"
                 )
-        if (self.tree is None) != (state["tree"] is None):
+        saved = None if state["plan"] is None else Plan(**state["plan"])
+        if self.catch_up != "auto" and saved is not None and saved.eager != (self.catch_up == "eager"):
             raise ValueError("the state was saved with catch_up='eager' on one side only; use the same catch_up")
-        if self.tree is not None:
-            self.tree.load_state_dict(state["tree"])
+        if self.buffer != "auto" and saved is not None and not saved.eager and saved.buffer != self.buffer:
+            raise ValueError(f"the state must come from a learner with capacity {self.buffer}, got {saved.buffer}")
+        tree = None if saved is None or saved.eager else self._new_tree(saved)
+        if tree is not None:
+            tree.load_state_dict(state["tree"])
+        self.plan, self.tree = saved, tree
+        self._steps_since_flush, self._flush_interval, self._planned_interval = state["intervals"]
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
         self.commits = state["commits"]
@@ -276,8 +358,10 @@ class Influence:
             self.last_update.fill_(other.commits)
         self.window_loss_row.copy_(other.window_loss_row)
         self.commits, self.events = other.commits, other.events
-        if other.tree is not None:
-            self.tree = other.tree
+        self._steps_since_flush, self._flush_interval = other._steps_since_flush, other._flush_interval
+        self._planned_interval, self.commit_every = other._planned_interval, other.commit_every
+        if other.plan is not None and other.groups.num_experts == self.groups.num_experts:
+            self.plan, self.tree = other.plan, other.tree
         elif self.tree is not None:
             self.tree.begin_at(other.commits)
 
@@ -292,7 +376,7 @@ class Influence:
 
     def _apply(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None, pairs: Tensor) -> None:
         """Move the matrices of some (stream, expert) pairs through a map without immediate Jacobian."""
-        ops.influence_update_(
+        self._ops.influence_update_(
             self.experts, Jh, write, support, loss_row, pairs[:, 0].contiguous(), self._rows(pairs), [], [], []
         )
 
@@ -308,37 +392,39 @@ class Influence:
         rows = self._rows(pairs)
         handed_out = self.handed_out[streams, experts]
         if bool(handed_out.any()):
-            ops.loss_row_(self.experts, -handed_out, rows)
+            self._ops.loss_row_(self.experts, -handed_out, rows)
         starts = self.last_update[streams, experts]
-        if self._product_is_cheaper(self.commits - starts):
-            for start in starts.unique().tolist():
-                if start < self.commits:
-                    self._apply_node(self.tree.product(start), pairs[starts == start])
-                    self.events["products"] += 1
-        else:
-            for index, node in self.tree.segments(int(starts.min())):
-                self._apply_node(node, pairs[starts <= index])
-                self.events["replays"] += 1
+        gaps = self.commits - starts
+        by_product = self._by_product(gaps)
+        merged, replayed = (by_product & (gaps > 0)).nonzero().flatten(), (~by_product & (gaps > 0)).nonzero().flatten()
+        if len(merged):
+            keys, inverse = torch.stack((streams[merged], starts[merged])).unique(dim=1, return_inverse=True)
+            node = self.tree.suffixes(keys[0], keys[1])
+            self._ops.influence_update_(
+                self.experts, node.blocks, node.rows, node.cols, node.loss_row, inverse, rows[merged], [], [], []
+            )
+            self.events["products"] += keys.shape[1]
+        if len(replayed):
+            self.tree.replay_(self.experts, streams[replayed], rows[replayed], starts[replayed])
+            self.events["replays"] += int(gaps[replayed].max())
         window_loss_row = self.window_loss_row.index_select(0, streams)
         if bool(window_loss_row.any()):
-            ops.loss_row_(self.experts, window_loss_row, rows)
+            self._ops.loss_row_(self.experts, window_loss_row, rows)
         self.handed_out[streams, experts] = window_loss_row
         self.last_update[streams, experts] = self.commits
 
-    def _apply_node(self, node: Node, pairs: Tensor) -> None:
-        self._apply(node.blocks, node.rows, node.cols, node.loss_row, pairs)
-
-    def _product_is_cheaper(self, gaps: Tensor) -> bool:
-        """Whether merged products need fewer multiplications than replaying every missed segment."""
-        if self.catch_up != "auto" or self.tree is None:
-            return self.catch_up == "product"
-        longest = int(gaps.max())
-        if longest < 2:
-            return False
-        newest = next(self.tree.segments(self.commits - 1))[1]
+    def _by_product(self, gaps: Tensor) -> Tensor:
+        """Which of the gaps ``(M,)`` are bridged by a merged product, ``(M,)`` bool."""
+        if self.plan is None or self.tree is None:
+            return torch.zeros_like(gaps, dtype=torch.bool)
+        if self.plan.product_from is not None:
+            return gaps >= (self.plan.product_from or torch.iinfo(gaps.dtype).max)
+        newest = next(self.tree.segments(self.commits - 1))[1] if int(gaps.max()) > 1 else None
+        if newest is None:
+            return torch.zeros_like(gaps, dtype=torch.bool)
         kw, ks = newest.rows.shape[1], newest.cols.shape[1]
-        product = min(self.num_slots, longest * kw) * min(self.num_slots, longest * ks)
-        return product < float(gaps.double().mean()) * kw * ks
+        product = (gaps * kw).clamp(max=self.num_slots) * (gaps * ks).clamp(max=self.num_slots)
+        return product < gaps * kw * ks
 
     def _owed_rows(self, pairs: Tensor) -> Tensor:
         """Loss row vectors since the last update of sleeping pairs, ``(B, E, H)``; ``pairs (B, E)`` bool."""
@@ -356,16 +442,18 @@ class Influence:
         owed = total - self.handed_out[streams, experts]
         if bool(owed.any()):
             self.events["payments"] += int(owed.any(1).sum())
-            ops.loss_row_(self.experts, owed, self._rows(pairs))
+            self._ops.loss_row_(self.experts, owed, self._rows(pairs))
             self.handed_out[streams, experts] = total
 
     def _take_loss_rows(self, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over the streams, and zero, the loss rows of the core and of the pairs in ``experts (B, E)`` bool."""
         core = self.core[:, -1].sum(0)
         self.core[:, -1] = 0
-        rows = self.experts[:, -1].view(self.batch_size, self.groups.num_experts, self.groups.expert_columns)
-        taken = (rows * experts.unsqueeze(-1)).sum(0)
-        rows.masked_fill_(experts.unsqueeze(-1), 0.0)
+        pairs = experts.nonzero()
+        rows, loss_rows = self._rows(pairs), self.experts[:, -1]
+        taken = core.new_zeros(self.groups.num_experts, self.groups.expert_columns)
+        taken.index_add_(0, pairs[:, 1], loss_rows.index_select(0, rows))
+        loss_rows.index_fill_(0, rows, 0.0)
         return core, taken
 
     def _segment_node(self, Jh: Tensor, write: Tensor, support: Tensor) -> Node:

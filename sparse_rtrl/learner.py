@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from sparse_rtrl import ops
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.estimate import choose_commit_every
-from sparse_rtrl.influence import CatchUp, check_finite
+from sparse_rtrl.influence import check_finite
+from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 
 
@@ -60,28 +62,31 @@ class RTRL:
         cell: the cell to train.
         batch_size: streams ``B``.
         buffer: segments kept for sleeping experts; one that sleeps longer is brought up to date before its Jacobians
-            leave the buffer.
+            leave the buffer. ``"auto"`` lets the planner choose at the first step.
         commit_every: steps between two influence updates. The gradient at every step is exact whatever it is; more
             steps cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by
             the cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
         catch_up: how sleeping experts catch up: ``"auto"``, ``"eager"``, ``"replay"`` or ``"product"``.
+        backend: what computes the influence: ``"auto"`` (compiled where it was built), ``"reference"`` or ``"cpp"``.
 
     Raises:
         ContractError: if the cell couples the rows of a batch or draws random numbers.
         MemoryError: if the influence does not fit into memory, with the numbers.
+        BackendError: if the backend is not there, with the remedy.
     """
 
     def __init__(
         self,
         cell: SlotCell,
         batch_size: int,
-        buffer: int = 64,
+        buffer: int | Literal["auto"] = "auto",
         commit_every: int | Literal["auto"] = "auto",
         catch_up: CatchUp = "auto",
+        backend: ops.Backend = "auto",
     ) -> None:
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
-        self._engine = Engine(cell, batch_size, buffer, catch_up)
+        self._engine = Engine(cell, batch_size, buffer, catch_up, backend)
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = cell.initial_state(batch_size).detach()
 
@@ -146,6 +151,7 @@ class RTRL:
                 with torch.no_grad():
                     routing = engine.cell.route(xs[0], self._state)
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing)
+            engine.influence.commit_every = self.commit_every
             entry = _Entry(engine)
             state = EnterSegment.apply(entry, self._state, *tensors)
             outputs, steps = [], []

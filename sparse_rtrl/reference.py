@@ -196,3 +196,139 @@ def tree_merge(
     newer, newer_u = embed_node(newer_rows, newer_cols, newer_blocks, newer_loss_row, rows, cols, slot_size)
     loss_row = older_u + torch.bmm(newer_u.unsqueeze(1), older).squeeze(1)
     return rows, cols, torch.bmm(newer, older), loss_row
+
+
+def suffix_product(
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    loss_rows: Sequence[Tensor],
+    streams: Tensor,
+    paths: Tensor,
+    num_rows: int,
+    num_cols: int,
+    num_slots: int,
+    slot_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Products of nodes along paths, one per pair of a stream and a path.
+
+    Args:
+        rows: per node ``(B, R)`` sorted.
+        cols: per node ``(B, C)`` sorted.
+        blocks: per node ``(B, R * D, C * D)``.
+        loss_rows: per node ``(B, C * D)``.
+        streams: stream of each product, ``(Q,)`` int64.
+        paths: numbers of the nodes of each product, oldest first, -1 behind them, ``(Q, depth)`` int64.
+        num_rows: row slots of the results, at least as many as any product has.
+        num_cols: column slots of the results, likewise.
+        num_slots: ``S``.
+        slot_size: ``D``.
+
+    Returns:
+        Rows ``(Q, num_rows)``, columns ``(Q, num_cols)``, blocks and loss rows of the products.
+    """
+    out = []
+    for stream, path in zip(streams.tolist(), paths.tolist(), strict=True):
+        parts = [[part[n][stream : stream + 1] for part in (rows, cols, blocks, loss_rows)] for n in path if n >= 0]
+        product = parts[0]
+        for newer in parts[1:]:
+            product = list(tree_merge(*newer, *product, num_slots, slot_size))
+        out.append(widen(*product, num_rows, num_cols, slot_size))
+    if not out:
+        like, w, r = blocks[0], num_rows * slot_size, num_cols * slot_size
+        return (
+            streams.new_empty(0, num_rows),
+            streams.new_empty(0, num_cols),
+            like.new_empty(0, w, r),
+            like.new_empty(0, r),
+        )
+    r0, c0, b0, u0 = (torch.cat(part) for part in zip(*out, strict=True))
+    return r0, c0, b0, u0
+
+
+def widen(
+    rows: Tensor, cols: Tensor, blocks: Tensor, loss_row: Tensor, num_rows: int, num_cols: int, slot_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same map written over ``num_rows`` and ``num_cols`` slots, repeating the largest slot of each stream."""
+    new_cols = cols if cols.shape[1] or not num_cols else cols.new_zeros(len(cols), 1)
+    new_rows = rows if rows.shape[1] or not num_rows else new_cols[:, -1:]
+    new_rows = torch.cat((new_rows, new_rows[:, -1:].expand(-1, num_rows - new_rows.shape[1])), dim=1)
+    new_cols = torch.cat((new_cols, new_cols[:, -1:].expand(-1, num_cols - new_cols.shape[1])), dim=1)
+    # Slots may repeat up to a width beyond the room; what is cut off are repetitions.
+    new_rows, new_cols = new_rows[:, :num_rows].contiguous(), new_cols[:, :num_cols].contiguous()
+    return new_rows, new_cols, *embed_node(rows, cols, blocks, loss_row, new_rows, new_cols, slot_size)
+
+
+def catch_up_(
+    P: Tensor,
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    loss_rows: Sequence[Tensor],
+    streams: Tensor,
+    groups: Tensor,
+    first: Tensor,
+    slot_size: int,
+) -> None:
+    """Move influence matrices through consecutive nodes, in place, loss row included.
+
+    Args:
+        P: influence matrices ``(G, H + 1, N)``.
+        rows: per node ``(B, R)`` sorted, oldest node first.
+        cols: per node ``(B, C)`` sorted.
+        blocks: per node ``(B, R * D, C * D)``.
+        loss_rows: per node ``(B, C * D)``.
+        streams: stream of each matrix that moves, ``(M,)`` int64.
+        groups: the matrices that move, ``(M,)`` int64, rows of ``P``, distinct.
+        first: number of the node that each matrix starts from, ``(M,)`` int64; it moves through all from there on.
+        slot_size: ``D``.
+    """
+    for n in range(len(rows)):
+        moving = (first <= n).nonzero().flatten()
+        influence_update_(P, blocks[n], rows[n], cols[n], loss_rows[n], streams[moving], groups[moving], [], [], [])
+
+
+def suffix_loss_rows(
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    loss_rows: Sequence[Tensor],
+    starts: Tensor,
+    newest: Tensor,
+    slot_size: int,
+) -> Tensor:
+    """Loss rows of many suffixes in one backward sweep: ``u(start) = sum_t u_t J_{t-1} ... J_start``.
+
+    Args:
+        rows: per node ``(B, R)`` sorted, oldest node first.
+        cols: per node ``(B, C)`` sorted.
+        blocks: per node ``(B, R * D, C * D)``.
+        loss_rows: per node ``(B, C * D)``.
+        starts: number of the node that each suffix starts from, ``(B, E)`` int64; the number of nodes for none.
+        newest: row vector that enters behind the newest node, ``(B, H)``.
+        slot_size: ``D``.
+
+    Returns:
+        ``(B, E, H)``: gradient of the losses of the suffix with respect to the state at its start.
+    """
+    v = newest
+    out = v.unsqueeze(1).expand(-1, starts.shape[1], -1).clone()
+    for n in range(len(rows) - 1, -1, -1):
+        v = pull_back(rows[n], cols[n], blocks[n], loss_rows[n], v, slot_size)
+        out = torch.where((starts <= n).unsqueeze(-1), v.unsqueeze(1), out)
+    return out
+
+
+def pull_back(rows: Tensor, cols: Tensor, blocks: Tensor, loss_row: Tensor, v: Tensor, slot_size: int) -> Tensor:
+    """Row vector through the augmented map of a node: ``u + v Φ``, for ``v (B, H)``."""
+    entries = slot_entries(rows, slot_size)
+    written = v.gather(1, entries) * first_occurrence(rows).repeat_interleave(slot_size, 1)
+    gain = torch.bmm(written.unsqueeze(1), blocks).squeeze(1) + loss_row
+    return v.scatter(1, entries, 0.0).scatter_add_(1, slot_entries(cols, slot_size), gain)
+
+
+def first_occurrence(slots: Tensor) -> Tensor:
+    """Whether each entry of sorted slot sets ``(B, k)`` is the first of its value."""
+    first = torch.ones_like(slots, dtype=torch.bool)
+    first[:, 1:] = slots[:, 1:] != slots[:, :-1]
+    return first

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_rtrl import ops
-from sparse_rtrl.reference import embed_node, slot_entries, union_slots
+from sparse_rtrl.reference import embed_node, pull_back, slot_entries, union_slots, widen
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Node:
         loss_row: gradient of the loss of its steps with respect to the state that entered it, ``(B, C * D)``.
         num_slots: ``S``.
         slot_size: ``D``.
+        backend: what composes it, see :func:`sparse_rtrl.ops.select`.
     """
 
     rows: Tensor
@@ -33,6 +34,7 @@ class Node:
     loss_row: Tensor
     num_slots: int
     slot_size: int
+    backend: ops.Backend = "auto"
 
     def dense(self) -> Tensor:
         """The whole map as a matrix, ``(B, H, H)``."""
@@ -52,35 +54,25 @@ class Node:
 
     def pull_back(self, v: Tensor) -> Tensor:
         """Row vector through the augmented map: ``u + v Φ``, for ``v (B, H)``."""
-        rows = slot_entries(self.rows, self.slot_size)
-        written = v.gather(1, rows)
-        written = written * _first_occurrence(self.rows).repeat_interleave(self.slot_size, 1)
-        gain = torch.bmm(written.unsqueeze(1), self.blocks).squeeze(1) + self.loss_row
-        return v.scatter(1, rows, 0.0).scatter_add_(1, slot_entries(self.cols, self.slot_size), gain)
+        return pull_back(self.rows, self.cols, self.blocks, self.loss_row, v, self.slot_size)
 
     def compose(self, older: Node) -> Node:
         """This map after an older one."""
-        rows, cols, blocks, loss_row = ops.tree_merge(
+        merge = ops.select(self.backend, self.blocks.device, self.blocks.dtype).tree_merge
+        rows, cols, blocks, loss_row = merge(
             *(self.rows, self.cols, self.blocks, self.loss_row),
             *(older.rows, older.cols, older.blocks, older.loss_row),
             self.num_slots,
             self.slot_size,
         )
-        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size)
+        return replace(self, rows=rows, cols=cols, blocks=blocks, loss_row=loss_row)
 
     def embed(self, rows: Tensor, cols: Tensor) -> Node:
         """The same map written over larger sets of rows ``(B, R')`` and columns ``(B, C')``."""
         blocks, loss_row = embed_node(
             self.rows, self.cols, self.blocks, self.loss_row, rows, cols, slot_size=self.slot_size
         )
-        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size)
-
-
-def _first_occurrence(slots: Tensor) -> Tensor:
-    """Whether each entry of sorted slot sets ``(B, k)`` is the first of its value."""
-    first = torch.ones_like(slots, dtype=torch.bool)
-    first[:, 1:] = slots[:, 1:] != slots[:, :-1]
-    return first
+        return replace(self, rows=rows, cols=cols, blocks=blocks, loss_row=loss_row)
 
 
 def leaf(Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None, num_slots: int, slot_size: int) -> Node:
@@ -129,6 +121,10 @@ class CircularTree:
         dtype: dtype of the Jacobians.
         device: where they are kept.
         levels: highest level of products that is kept; None for all that fit the capacity, 0 for leaves only.
+        backend: ``"auto"``, ``"reference"`` or ``"cpp"``, see :func:`sparse_rtrl.ops.select`.
+
+    Raises:
+        BackendError: if the backend is not there, with the remedy.
     """
 
     def __init__(
@@ -140,6 +136,7 @@ class CircularTree:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         levels: int | None = None,
+        backend: ops.Backend = "auto",
     ) -> None:
         for name, value in (
             ("capacity", capacity),
@@ -155,6 +152,8 @@ class CircularTree:
         self.slot_size = slot_size
         self.dtype = dtype
         self.device = torch.device(device)
+        self.backend = backend
+        self._ops = ops.select(backend, self.device, dtype)
         highest = capacity.bit_length() - 1
         self.levels = highest if levels is None else min(levels, highest)
         self.count = 0
@@ -186,7 +185,7 @@ class CircularTree:
 
     def append_node(self, node: Node) -> None:
         """Append the node of one segment and build the products that it completes."""
-        self._put(0, self.count, node)
+        self._put(0, self.count, node if node.backend == self.backend else replace(node, backend=self.backend))
         self.count += 1
         for level in range(1, self.levels + 1):
             if self.count % (1 << level):
@@ -232,7 +231,7 @@ class CircularTree:
         cols = torch.stack([wide[s].cols[b] for b, s in enumerate(starts)])
         blocks = torch.stack([wide[s].blocks[b] for b, s in enumerate(starts)])
         loss_row = torch.stack([wide[s].loss_row[b] for b, s in enumerate(starts)])
-        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size)
+        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size, self.backend)
 
     def product(self, start: int) -> Node:
         """Product of the segments ``start ... count - 1`` of every stream, without checking the streams' resets."""
@@ -251,6 +250,45 @@ class CircularTree:
         for index in range(start, self.count):
             yield index, self._get(0, index)
 
+    def suffixes(self, streams: Tensor, starts: Tensor) -> Node:
+        """Products of everything since ``starts``, one per pair of a stream and a start, as a node of batch ``Q``.
+
+        Args:
+            streams: ``(Q,)`` int64.
+            starts: ``(Q,)`` int64, before ``count``; not checked against the streams' resets.
+        """
+        covers = {start: list(self._cover(start)) for start in set(starts.tolist())}
+        numbers = {name: n for n, name in enumerate({name for cover in covers.values() for name in cover})}
+        nodes = [self._get(*name) for name in numbers]
+        depth = max(map(len, covers.values()))
+        padded = {s: [numbers[name] for name in c] + [-1] * (depth - len(c)) for s, c in covers.items()}
+        paths = torch.tensor([padded[s] for s in starts.tolist()], device=starts.device)
+        num_rows, num_cols = (
+            min(self.num_slots, max(sum(size(nodes[n]) for n in path if n >= 0) for path in padded.values()))
+            for size in (lambda node: node.rows.shape[1], lambda node: node.cols.shape[1])
+        )
+        self.query_merges += sum(len(covers[s]) - 1 for s in starts.tolist())
+        parts = self._ops.suffix_product(
+            *_parts(nodes), streams, paths, num_rows, num_cols, self.num_slots, self.slot_size
+        )
+        return Node(*parts, self.num_slots, self.slot_size, self.backend)
+
+    def replay_(self, P: Tensor, streams: Tensor, groups: Tensor, starts: Tensor) -> None:
+        """Move influence matrices through every segment since their starts, in place.
+
+        Args:
+            P: ``(G, H + 1, N)``.
+            streams: stream of each matrix, ``(M,)`` int64.
+            groups: the matrices, ``(M,)`` int64, rows of ``P``, distinct.
+            starts: ``(M,)`` int64; not checked against the streams' resets.
+        """
+        if not len(groups):
+            return
+        oldest = int(starts.min())
+        nodes = [self._get(0, index) for index in range(oldest, self.count)]
+        if nodes:
+            self._ops.catch_up_(P, *_parts(nodes), streams, groups, starts - oldest, self.slot_size)
+
     def loss_rows(self, starts: Tensor, newest: Tensor) -> Tensor:
         """Loss row of many suffixes in one backward sweep: ``u(start) = sum_t u_t J_{t-1} ... J_start``.
 
@@ -261,11 +299,9 @@ class CircularTree:
         Returns:
             ``(B, E, H)``: gradient of the losses since each start with respect to the state at that start.
         """
-        v = newest
-        out = v.unsqueeze(1).expand(-1, starts.shape[1], -1).clone()
-        for index in range(self.count - 1, int(starts.min()) - 1, -1):
-            v = self._get(0, index).pull_back(v)
-            out = torch.where((starts <= index).unsqueeze(-1), v.unsqueeze(1), out)
+        oldest = int(starts.min())
+        nodes = [self._get(0, index) for index in range(oldest, self.count)]
+        out: Tensor = self._ops.suffix_loss_rows(*_parts(nodes), starts - oldest, newest, self.slot_size)
         return out
 
     def reset(self, streams: Tensor | None = None) -> None:
@@ -324,7 +360,7 @@ class CircularTree:
 
     def _restored(self, rows: Tensor, cols: Tensor, blocks: Tensor, loss_row: Tensor) -> Node:
         rows, cols, blocks, loss_row = (part.to(self.device).clone() for part in (rows, cols, blocks, loss_row))
-        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size)
+        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size, self.backend)
 
     def _cover(self, start: int) -> Iterator[tuple[int, int]]:
         """Aligned nodes (level, index) that cover the segments ``start ... count - 1``, oldest first."""
@@ -349,16 +385,15 @@ class CircularTree:
 
     def _widen(self, node: Node) -> Node:
         """The same map written over ``S`` rows and columns, repeating the largest slot of each stream."""
-        cols = node.cols if node.cols.shape[1] else node.cols.new_zeros(self.batch_size, 1)
-        rows = node.rows if node.rows.shape[1] else cols[:, -1:]
-        rows = torch.cat((rows, rows[:, -1:].expand(-1, self.num_slots - rows.shape[1])), dim=1)
-        cols = torch.cat((cols, cols[:, -1:].expand(-1, self.num_slots - cols.shape[1])), dim=1)
-        return node.embed(rows, cols)
+        rows, cols, blocks, loss_row = widen(
+            node.rows, node.cols, node.blocks, node.loss_row, self.num_slots, self.num_slots, self.slot_size
+        )
+        return replace(node, rows=rows, cols=cols, blocks=blocks, loss_row=loss_row)
 
     def _identity(self) -> Node:
         none = torch.zeros(self.batch_size, 0, dtype=torch.int64, device=self.device)
         blocks = torch.zeros(self.batch_size, 0, 0, dtype=self.dtype, device=self.device)
-        return Node(none, none, blocks, blocks[:, 0:0].flatten(1), self.num_slots, self.slot_size)
+        return Node(none, none, blocks, blocks[:, 0:0].flatten(1), self.num_slots, self.slot_size, self.backend)
 
     def _check(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None) -> None:
         for name, slots in (("write", write), ("support", support)):
@@ -378,3 +413,8 @@ class CircularTree:
             raise ValueError(f"Jh must be {self.dtype} of shape {shape}, got {Jh.dtype} {tuple(Jh.shape)}")
         if loss_row is not None and tuple(loss_row.shape) != (shape[0], shape[2]):
             raise ValueError(f"loss_row must have shape {(shape[0], shape[2])}, got {tuple(loss_row.shape)}")
+
+
+def _parts(nodes: list[Node]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Rows, columns, blocks and loss rows of some nodes."""
+    return [n.rows for n in nodes], [n.cols for n in nodes], [n.blocks for n in nodes], [n.loss_row for n in nodes]

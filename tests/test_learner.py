@@ -75,7 +75,7 @@ def test_flush_is_idempotent_and_discard_drops_what_is_owed():
     cell = PatternCell(make_pattern("random", 30, 2), dense=False).double()
     x, c = inputs(30, 2), cotangents(30, 2, density=1.0)
     for lose in (False, True):
-        learner = RTRL(cell, 2, commit_every=1)
+        learner = RTRL(cell, 2, commit_every=1, catch_up="product")
         cell.zero_grad()
         for t in range(13):
             (learner(x[t]) * c[t]).sum().backward()
@@ -94,7 +94,7 @@ def test_after_backward_the_gradient_of_active_groups_is_complete():
     cell = PatternCell(make_pattern("random", 30, 2), dense=False).double()
     x, c = inputs(30, 2), cotangents(30, 2)
     expected = bptt(cell, x, c)
-    learner = RTRL(cell, 2, commit_every=1)
+    learner = RTRL(cell, 2, commit_every=1, catch_up="replay")
     cell.zero_grad()
     for t in range(30):
         output = learner(x[t])
@@ -168,14 +168,14 @@ def test_resuming_is_bit_for_bit(catch_up, commit_every, tmp_path):
 
 
 def test_state_dict_of_another_learner_is_refused_and_changes_nothing():
-    learner, x = RTRL(small_cell(), 2), inputs(3, 2)
+    learner, x = RTRL(small_cell(), 2, buffer=6, catch_up="replay"), inputs(3, 2)
     run(learner, x, range(3))
     good = learner.state_dict()  # commits
     before = snapshot(learner)
     for other, message in (
         (RTRL(small_cell(), 3), "batch size"),
         (RTRL(small_cell(), 2, catch_up="eager"), "eager"),
-        (RTRL(small_cell(), 2, buffer=5), "capacity"),
+        (RTRL(small_cell(), 2, buffer=5, catch_up="replay"), "capacity"),
         (RTRL(small_cell(slot_size=8), 2), "another cell"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -349,7 +349,7 @@ def test_losses_of_several_steps_of_a_window_in_one_backward():
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"batch_size": 2, "buffer": 0}, "buffer must be at least 1, got 0"),
+        ({"batch_size": 2, "buffer": 0}, "buffer must be 'auto' or at least 1, got 0"),
         ({"batch_size": 2, "commit_every": 0}, "commit_every must be 'auto' or an int of at least 1, got 0"),
         ({"batch_size": 2, "catch_up": "lazy"}, "catch_up must be one of .*, got 'lazy'"),
     ],

@@ -1,0 +1,32 @@
+// The CPU kernels for processors with AVX-512.
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx2,fma")
+#endif
+
+#define SPARSE_RTRL_ISA avx512
+#define SPARSE_RTRL_ISA_NAME "avx512"
+#define SPARSE_RTRL_VECTOR_BYTES 64
+#define SPARSE_RTRL_PANEL_ROWS 14
+#include "tile_kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // defined(__x86_64__)

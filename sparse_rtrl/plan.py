@@ -1,0 +1,143 @@
+"""How the influence of sleeping experts is kept up to date: the decision, and the cost table it was read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sparse_rtrl.errors import BackendError
+
+try:
+    from sparse_rtrl import _planner  # type: ignore[attr-defined]
+except ImportError:  # not built: plans then follow the operation count alone
+    _planner = None
+
+CatchUp = Literal["auto", "eager", "replay", "product"]
+DEFAULT_BUFFER = 64
+"""Segments that are kept where nothing chose another number."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision of the planner.
+
+    Attributes:
+        eager: move every expert at every commit, and keep no Jacobians.
+        buffer: segments kept for sleeping experts.
+        levels: highest level of products in the tree; None for all that fit.
+        product_from: smallest gap, in segments, that a merged product bridges cheaper than replay; 0 for none, None to
+            compare operation counts at each wake-up.
+        table: predicted seconds per stream and segment of each option, for reading; empty for a forced path.
+    """
+
+    eager: bool
+    buffer: int = DEFAULT_BUFFER
+    levels: int | None = None
+    product_from: int | None = None
+    table: tuple[dict[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        decision = (
+            "eager: move every expert at every commit"
+            if self.eager
+            else f"lazy: keep {self.buffer} segments, products up to level {self.levels},"
+            + (f" merged product from a gap of {self.product_from}" if self.product_from else " always replay")
+        )
+        lines = [decision]
+        if self.table:
+            lines.append(
+                f"{'path':8} {'buffer':>6} {'levels':>6} {'wake':>10} {'append':>10} {'flush':>10} {'other':>10}"
+                f" {'total':>10}  microseconds per stream and segment"
+            )
+        for row in self.table:
+            costs = " ".join(f"{row[name] * 1e6:10.1f}" for name in ("wake", "append", "flush", "overhead", "total"))
+            lines.append(f"{row['path']:8} {row['buffer']:6d} {row['levels']:6d} {costs}")
+        return "\n".join(lines)
+
+
+def plan(
+    *,
+    num_slots: int,
+    slot_size: int,
+    read_slots: int,
+    write_slots: int,
+    num_experts: int,
+    top_k: int,
+    expert_columns: int,
+    batch_size: int = 1,
+    commit_every: int = 1,
+    flush_every: float = 1.0,
+    buffer: int | Literal["auto"] = "auto",
+    itemsize: int = 4,
+    catch_up: CatchUp = "auto",
+    **rates: float,
+) -> Plan:
+    """Decide between eager updating, replay and merged products, and how many segments and levels to keep.
+
+    Args:
+        num_slots: ``S``.
+        slot_size: ``D``.
+        read_slots: ``kr``.
+        write_slots: ``kw``.
+        num_experts: ``E``.
+        top_k: experts of a step, ``k``.
+        expert_columns: recurrent parameters of one expert.
+        batch_size: streams ``B``.
+        commit_every: steps of a segment.
+        flush_every: steps between two flushes, that is between optimizer steps.
+        buffer: segments kept; ``"auto"`` lets the planner choose.
+        itemsize: bytes of a number.
+        catch_up: ``"auto"``, or a path to force.
+        **rates: ``flops`` and ``bytes`` per second, ``lazy_seconds`` of bookkeeping per segment, ``query_seconds`` per
+            wake-up, and ``margin``: the part of the eager cost that lazy must stay below.
+
+    Raises:
+        ValueError: on sizes out of range or an unknown path.
+        BackendError: if the compiled planner is not there and ``catch_up`` is ``"auto"``.
+    """
+    if catch_up not in get_args(CatchUp):
+        raise ValueError(f"catch_up must be one of {get_args(CatchUp)}, got {catch_up!r}")
+    if buffer != "auto" and buffer < 1:
+        raise ValueError(f"buffer must be 'auto' or at least 1, got {buffer}")
+    if catch_up == "eager":
+        return Plan(eager=True)
+    if _planner is None:
+        if catch_up == "auto":
+            raise BackendError(
+                "the planner was not built: it needs pybind11 and a C++ compiler. Build it with"
+                " 'SPARSE_RTRL_CPP=1 pip install --no-build-isolation .'"
+            )
+        return forced(catch_up, DEFAULT_BUFFER if buffer == "auto" else buffer)
+    found = _planner.plan(
+        num_slots=num_slots,
+        slot_size=slot_size,
+        read_slots=read_slots,
+        write_slots=write_slots,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_columns=expert_columns,
+        batch_size=batch_size,
+        commit_every=commit_every,
+        flush_every=flush_every,
+        buffer=0 if buffer == "auto" else buffer,
+        itemsize=itemsize,
+        **rates,
+    )
+    if catch_up != "auto":
+        best = next((row for row in found["table"] if row["path"] == catch_up), None)
+        return forced(catch_up, best["buffer"] if best and best["buffer"] else DEFAULT_BUFFER)
+    return Plan(found["eager"], found["buffer"], found["levels"], found["product_from"], tuple(found["table"]))
+
+
+def forced(catch_up: CatchUp, buffer: int) -> Plan:
+    """The plan of a path that was asked for; for ``"auto"``, what is done without a planner."""
+    if catch_up == "replay":
+        return Plan(eager=False, buffer=buffer, levels=0, product_from=0)
+    if catch_up == "product":
+        return Plan(eager=False, buffer=buffer, product_from=1)
+    return Plan(eager=catch_up == "eager", buffer=buffer)
+
+
+def planner_built() -> bool:
+    """Whether the compiled planner is there."""
+    return _planner is not None

@@ -1,0 +1,350 @@
+"""Every compiled operation against the reference in float64: at most twice the reference's own error in that dtype."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import bptt, cotangents, inputs, online, worst_error
+from pattern_cell import PatternCell, make_pattern, pick
+from test_tree import Dense, random_segment
+
+import sparse_rtrl.influence
+from sparse_rtrl import RTRL, CircularTree, ops, reference
+from sparse_rtrl.errors import BackendError
+from sparse_rtrl.plan import Plan, plan, planner_built
+from sparse_rtrl.tree import leaf
+
+compiled = pytest.mark.skipif(bool(ops.compiled_problem), reason=f"no compiled operations: {ops.compiled_problem}")
+DTYPES = (torch.float32, torch.float64)
+
+
+def to(value, dtype):
+    """The same arguments with floating-point tensors in another dtype, all of them copies."""
+    if isinstance(value, (list, tuple)):
+        return [to(v, dtype) for v in value]
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+    return value
+
+
+def outcome(module, name, arguments):
+    """What an operation returns or, for an operation in place, leaves in its first argument."""
+    result = getattr(module, name)(*arguments)
+    if result is None:
+        return [arguments[0]]
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def assert_as_good_as_reference(name, arguments, dtype):
+    """Both implementations get the same arguments, rounded to the dtype.
+
+    The reference's own error in float64 is not measured, as nothing more exact is at hand: it is that in float32, times
+    the ratio of the rounding units.
+    """
+    rounded = to(arguments, dtype)
+    exact = outcome(reference, name, to(rounded, torch.float64))
+    single = to(rounded, torch.float32)
+    own = outcome(reference, name, to(single, torch.float32))
+    own_exact = outcome(reference, name, to(single, torch.float64))
+    found = outcome(ops, name, to(rounded, dtype))
+    eps = torch.finfo(dtype).eps
+    for e, o, oe, f in zip(exact, own, own_exact, found, strict=True):
+        assert f.shape == e.shape
+        if not e.is_floating_point():
+            assert torch.equal(f, e)
+            continue
+        assert f.dtype == dtype and torch.isfinite(f).all()
+        own_error = (o.double() - oe).norm() * (eps / torch.finfo(torch.float32).eps)
+        assert (f.double() - e).norm() <= 2 * own_error + eps * e.norm()
+    return exact, found
+
+
+def randn(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_influence_update(dtype, data):
+    draw = data.draw
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    batch, slots, size = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.sampled_from([1, 3, 8, 17]))
+    kw, kr = draw(st.integers(0, slots)), draw(st.integers(0, slots))
+    groups = draw(st.integers(1, 5))
+    deltas, zs, offsets, column = [], [], [], draw(st.integers(0, 3))
+    moved = torch.randperm(groups, generator=generator)[: draw(st.integers(0, groups))]
+    for _ in range(draw(st.integers(0, 3))):
+        m, j = draw(st.sampled_from([1, 5, 40])), draw(st.sampled_from([1, 2, 7, 33, 70]))
+        tau = draw(st.integers(1, 3))
+        deltas.append(randn(generator, len(moved), kw * size, tau, m))
+        zs.append(randn(generator, len(moved), tau, j))
+        offsets.append(column)
+        column += m * j + draw(st.integers(0, 2))
+    columns = column + draw(st.integers(1, 40))
+    write, read = pick(slots, kw, batch, generator), pick(slots, kr, batch, generator)
+    P = randn(generator, groups, slots * size + 1, columns)
+    arguments = [
+        P,
+        randn(generator, batch, kw * size, (kr + kw) * size),
+        write,
+        torch.cat((read, write), 1),
+        randn(generator, batch, (kr + kw) * size) if draw(st.booleans()) else None,
+        torch.randint(batch, (len(moved),), generator=generator),
+        moved,
+        deltas,
+        zs,
+        offsets,
+    ]
+    _, (found,) = assert_as_good_as_reference("influence_update_", arguments, dtype)
+    before = P.to(dtype)
+    for g in range(groups):  # what is not in the pattern stays as it was, bit for bit
+        kept = torch.ones(P.shape[1], dtype=torch.bool)
+        at = (moved == g).nonzero().flatten()
+        if len(at):
+            kept[reference.slot_entries(write[arguments[5][at]], size).flatten()] = False
+            kept[-1] = arguments[4] is None or kr + kw == 0
+        assert torch.equal(found[g, kept], before[g, kept])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 31, 256, 300])
+def test_loss_row(dtype, columns):
+    generator = torch.Generator().manual_seed(0)
+    arguments = [randn(generator, 5, 25, columns), randn(generator, 3, 24), torch.tensor([4, 0, 2])]
+    (exact,), _ = assert_as_good_as_reference("loss_row_", arguments, dtype)
+    assert not torch.equal(exact, arguments[0].to(dtype).double())
+
+
+def nodes_of(draw, generator, batch, slots, size, count):
+    """Random segments as nodes: per-stream patterns and widths that change from node to node, padded sets included."""
+    out = []
+    for _ in range(count):
+        kr, kw = draw(st.integers(0, slots)), draw(st.integers(0, slots))
+        write, read = pick(slots, kw, batch, generator), pick(slots, kr, batch, generator)
+        r = (kr + kw) * size
+        Jh = 0.5 * randn(generator, batch, kw * size, r)
+        out.append(leaf(Jh, write, torch.cat((read, write), 1), randn(generator, batch, r), slots, size))
+    return out
+
+
+def lists(nodes):
+    return [[n.rows for n in nodes], [n.cols for n in nodes], [n.blocks for n in nodes], [n.loss_row for n in nodes]]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_operations_on_nodes(dtype, data):
+    draw = data.draw
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    batch, slots, size = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.sampled_from([1, 3, 8, 17]))
+    nodes = nodes_of(draw, generator, batch, slots, size, draw(st.integers(2, 5)))
+    newer, older = nodes[1], nodes[0]
+    assert_as_good_as_reference(
+        "tree_merge",
+        [
+            *(newer.rows, newer.cols, newer.blocks, newer.loss_row),
+            *(older.rows, older.cols, older.blocks, older.loss_row),
+            slots,
+            size,
+        ],
+        dtype,
+    )
+    products = draw(st.integers(1, 4))
+    depth = draw(st.integers(1, len(nodes)))
+    paths = torch.full((products, depth), -1)
+    for q in range(products):
+        length = draw(st.integers(1, depth))
+        paths[q, :length] = torch.arange(length) + draw(st.integers(0, len(nodes) - length))
+    streams = torch.randint(batch, (products,), generator=generator)
+    exact, _ = assert_as_good_as_reference(
+        "suffix_product", [*lists(nodes), streams, paths, slots, slots, slots, size], dtype
+    )
+    assert exact[2].shape == (products, slots * size, slots * size)
+    groups, columns = draw(st.integers(1, 4)), draw(st.sampled_from([1, 31, 64, 200]))
+    moved = torch.randperm(groups, generator=generator)[: draw(st.integers(0, groups))]
+    first = torch.randint(len(nodes) + 1, (len(moved),), generator=generator)
+    P = randn(generator, groups, slots * size + 1, columns)
+    of = torch.randint(batch, (len(moved),), generator=generator)
+    assert_as_good_as_reference("catch_up_", [P, *lists(nodes), of, moved, first, size], dtype)
+    starts = torch.randint(len(nodes) + 1, (batch, 3), generator=generator)
+    newest = randn(generator, batch, slots * size)
+    assert_as_good_as_reference("suffix_loss_rows", [*lists(nodes), starts, newest, size], dtype)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_trees(dtype, data):
+    """Appends, resets of single streams, expiry and wrap-around, and queries with a start per stream."""
+    draw = data.draw
+    batch, capacity = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    levels = draw(st.sampled_from([None, 0, 1]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    ours = CircularTree(capacity, batch, 5, 2, dtype, levels=levels, backend="cpp")
+    plain = CircularTree(capacity, batch, 5, 2, dtype, levels=levels, backend="reference")
+    dense = Dense(batch)
+    begin = [0] * batch
+    for _ in range(draw(st.integers(1, 25))):
+        Jh, write, support, u = random_segment(batch, generator, draw(st.integers(0, 3)), draw(st.integers(0, 3)))
+        for tree in (ours, plain):
+            tree.append(Jh.to(dtype), write, support, u.to(dtype))
+        dense.append(Jh.to(dtype).double(), write, support, u.to(dtype).double())
+        if draw(st.integers(0, 5)) == 0:
+            mask = torch.tensor(draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
+            ours.reset(mask)
+            plain.reset(mask)
+            begin = [ours.count if m else b for m, b in zip(mask.tolist(), begin, strict=True)]
+    starts = torch.tensor([draw(st.integers(max(b, ours.count - capacity, 0), ours.count)) for b in begin])
+    found, own = ours.suffix(starts), plain.suffix(starts)
+    eps = torch.finfo(dtype).eps
+    for b, start in enumerate(starts.tolist()):
+        product, u = dense.suffix(start)
+        for exact, o, f in (
+            (product[b], own.dense()[b], found.dense()[b]),
+            (u[b], own.dense_loss_row()[b], found.dense_loss_row()[b]),
+        ):
+            own_error = (o.double() - exact).norm() if dtype == torch.float32 else 2 * eps * exact.norm()
+            assert (f.double() - exact).norm() <= 2 * own_error + eps * exact.norm()
+    streams = torch.arange(batch)[starts < ours.count]
+    if len(streams):
+        merged = ours.suffixes(streams, starts[streams])
+        for q, b in enumerate(streams.tolist()):
+            product, _ = dense.suffix(int(starts[b]))
+            assert (merged.dense()[q].double() - product[b]).norm() <= 64 * eps * product[b].norm()
+
+
+def pattern_cell(steps, batch):
+    torch.manual_seed(0)
+    return PatternCell(make_pattern("random", steps, batch), dense=False).double()
+
+
+@compiled
+@pytest.mark.parametrize("catch_up", ["eager", "replay", "product"])
+@pytest.mark.parametrize("commit_every", [1, 4])
+def test_backends_give_the_gradient_of_bptt(catch_up, commit_every):
+    steps, batch = 40, 3
+    cell = pattern_cell(steps, batch)
+    x, c = inputs(steps, batch), cotangents(steps, batch)
+    resets = {11: torch.tensor([True, False, False]), 23: torch.tensor([False, True, True])}
+    expected = bptt(cell, x, c, resets)
+    for backend in ("cpp", "reference"):
+        learner = RTRL(cell, batch, buffer=6, commit_every=commit_every, catch_up=catch_up, backend=backend)
+        assert worst_error(online(learner, x, c, 1, resets), expected) <= 1e-12
+        if catch_up != "eager" and commit_every == 1:
+            events = learner.events
+            assert min(events[e] for e in ("wakes", "expiries", "payments")) > 0
+            assert events["replays" if catch_up == "replay" else "products"] > 0
+
+
+@pytest.mark.skipif(not planner_built(), reason="no compiled planner")
+@pytest.mark.parametrize("resets", [False, True])
+def test_changing_the_plan_keeps_the_gradient(monkeypatch, resets):
+    """Whatever the planner says, and however often it changes its mind."""
+    plans = itertools.cycle(
+        [
+            Plan(eager=True),
+            Plan(eager=False, buffer=5, levels=2, product_from=2),
+            Plan(eager=False, buffer=9, levels=0, product_from=0),
+        ]
+    )
+    monkeypatch.setattr(sparse_rtrl.influence, "plan", lambda **sizes: next(plans))
+    steps, batch = 60, 3
+    cell = pattern_cell(steps, batch)
+    x, c = inputs(steps, batch), cotangents(steps, batch)
+    reset_at = {t: torch.tensor([t % 2 == 0, True, False]) for t in (9, 20, 41)} if resets else None
+    learner = RTRL(cell, batch, commit_every=1)
+    flushes = {1, 2, 3, 20, 21, 22, 23, 24, 25, 26, 27, 50, 51, 52, 53, 54, 55, 56}
+    found = online(learner, x, c, 1, reset_at, lambda t: learner.flush() if t in flushes else None)
+    assert worst_error(found, bptt(cell, x, c, reset_at)) <= 1e-12
+    assert learner.events["plans"] >= 4 and learner.events["wakes"] > 0
+
+
+@pytest.mark.skipif(not planner_built(), reason="no compiled planner")
+def test_plans():
+    sizes = {"slot_size": 32, "read_slots": 2, "write_slots": 2, "top_k": 2, "expert_columns": 1056}
+    many = plan(num_slots=4, num_experts=256, flush_every=64, **sizes)
+    assert not many.eager and many.product_from and many.buffer >= 64
+    assert [row["path"] for row in many.table] == ["eager", "replay", "product", "auto"]
+    assert "merged product from a gap of" in str(many) and "microseconds" in str(many)
+    assert plan(num_slots=4, num_experts=2, flush_every=64, **sizes).eager
+    assert plan(num_slots=4, num_experts=256, buffer=16, **sizes).buffer == 16
+    assert plan(num_slots=4, num_experts=256, catch_up="replay", **sizes).product_from == 0
+    assert plan(num_slots=4, num_experts=256, margin=0.0, **sizes).eager
+    for wrong, message in (
+        ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
+        ({"buffer": 0}, "buffer must be 'auto' or at least 1, got 0"),
+        ({"catch_up": "lazy"}, "catch_up must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(**{"num_slots": 4, "num_experts": 8, **sizes, **wrong})
+
+
+@pytest.mark.skipif(not planner_built(), reason="no compiled planner")
+@given(count=st.integers(1, 500), capacity=st.integers(1, 64), first=st.integers(0, 40), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_dyadic_arithmetic_is_that_of_the_tree(count, capacity, first, data):
+    from sparse_rtrl import _planner
+
+    levels = data.draw(st.integers(0, _planner.highest_level(capacity)))
+    tree = CircularTree(capacity, 1, 1, 1, levels=levels, backend="reference")
+    tree.count = count
+    start = data.draw(st.integers(max(0, count - capacity), count))
+    assert list(tree._cover(start)) == _planner.cover(start, count, levels)
+    built = [level for level in range(1, levels + 1) if count % (1 << level) == 0 and count - (1 << level) >= first]
+    assert _planner.completed_levels(count, first, levels) == len(built)
+
+
+def test_backends_that_are_not_there_are_refused(monkeypatch):
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ops.select("fast", device, torch.float32)
+    with pytest.raises(BackendError, match="float32 and float64, got torch.bfloat16"):
+        ops.select("cpp", device, torch.bfloat16)
+    with pytest.raises(BackendError, match="tensors are on cuda"):
+        ops.select("cpp", torch.device("cuda"), torch.float32)
+    assert ops.select("auto", device, torch.bfloat16) is reference
+    monkeypatch.setattr(ops, "compiled_problem", "they were not built")
+    with pytest.raises(BackendError, match="they were not built. Build them with"):
+        CircularTree(4, 1, 2, 2, backend="cpp")
+
+
+@compiled
+def test_wrong_arguments_are_refused():
+    P, u, groups = torch.randn(3, 5, 7), torch.randn(2, 4), torch.tensor([0, 2])
+    for arguments, message in (
+        ((P, u[:, :3], groups), "u must be Float of shape"),
+        ((P, u.double(), groups), "u must be Float"),
+        ((P, u, groups + 1), r"groups must lie in 0 \.\.\. 2, got 3"),
+        ((P.transpose(1, 2), u, groups), "P must be contiguous"),
+        ((P.half(), u.half(), groups), "P must be contiguous float32 or float64"),
+    ):
+        before = arguments[0].clone()
+        with pytest.raises((ValueError, IndexError), match=message):
+            ops.loss_row_(*arguments)
+        assert torch.equal(arguments[0], before)
+    with pytest.raises(IndexError, match="support must lie in"):
+        slot = torch.zeros(1, 1, dtype=torch.int64)
+        ops.influence_update_(P, torch.randn(1, 2, 2), slot, slot + 2, None, groups[:1], groups[:1], [], [], [])
+
+
+@compiled
+@pytest.mark.parametrize("cpu", ["generic", "avx2"])
+def test_other_instruction_sets(cpu):
+    """The operations once more in a process that uses less than this processor has."""
+    tests = ["test_influence_update", "test_loss_row", "test_operations_on_nodes"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"{__file__}::{name}" for name in tests)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SPARSE_RTRL_CPU": cpu})
+    if "must name instructions that this processor has" in done.stdout:
+        pytest.skip(f"this processor has no {cpu}")
+    assert done.returncode == 0, done.stdout[-3000:]
