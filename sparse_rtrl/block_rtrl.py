@@ -88,7 +88,7 @@ class BlockRTRL:
     ) -> None:
         """Capture the step that the caller just ran, send its loss backwards, and update the influence.
 
-        Calls ``loss.backward()``, adds the gradient through the past and what sleeping experts are owed to ``.grad``,
+        The model's ``route`` is called once more, so it must choose the same again. Calls ``loss.backward()``, adds the gradient through the past and what sleeping experts are owed to ``.grad``,
         and commits. The caller detaches ``h_next``.
 
         Args:
