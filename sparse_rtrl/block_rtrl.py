@@ -88,8 +88,9 @@ class BlockRTRL:
     ) -> None:
         """Capture the step that the caller just ran, send its loss backwards, and update the influence.
 
-        The model's ``route`` is called once more, so it must choose the same again. Calls ``loss.backward()``, adds the gradient through the past and what sleeping experts are owed to ``.grad``,
-        and commits. The caller detaches ``h_next``.
+        Calls ``loss.backward()``, adds the gradient through the past and what sleeping experts are owed to ``.grad``,
+        and commits. The model's ``route`` is called once more and must choose the same again. The caller detaches
+        ``h_next``.
 
         Args:
             model: the cell, with the parameters that the step ran with.
