@@ -90,7 +90,8 @@ class BlockRTRL:
         """Capture the step that the caller just ran, send its loss backwards, and update the influence.
 
         Calls ``loss.backward()``, adds the gradient through the past and what sleeping experts are owed to ``.grad``,
-        and commits. The caller detaches ``h_next``.
+        and commits. The model's ``route`` is called once more and must choose the same again. The caller detaches
+        ``h_next``.
 
         Args:
             model: the cell, with the parameters that the step ran with.

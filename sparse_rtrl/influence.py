@@ -317,9 +317,9 @@ class Influence:
             ValueError: if it came from other shapes or another way to catch up; nothing is changed then.
         """
         layout = [(p.name, p.start) for p in self.groups.all]
-        saved = [(name, start) for name, start in state["parameters"]]
-        if saved != layout:
-            raise ValueError(f"state must be of a cell with parameters {layout}, got {saved}: it is of another cell")
+        given = [(name, start) for name, start in state["parameters"]]
+        if given != layout:
+            raise ValueError(f"state must be of a cell with parameters {layout}, got {given}: it is of another cell")
         for name in _TENSORS:
             expected, got = getattr(self, name), state[name]
             if expected.shape != got.shape or expected.dtype != got.dtype:

@@ -264,7 +264,9 @@ class JacobianCapture:
         truth = torch.autograd.grad(content, used, cotangent, allow_unused=True)
         core, experts = direct_gradient(step, cotangent.flatten(1), self.groups)
         found = dict(zip((p.name for p in self.groups.all), self.groups.split(core, experts), strict=True))
-        tolerance = 50 * torch.finfo(content.dtype).eps ** 0.75
+        device = content.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else content.dtype
+        tolerance = min(0.2, 50 * torch.finfo(dtype).eps ** 0.75)
         scale = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
         wrong = set()
         for parameter, g in zip(parameters, truth, strict=True):

@@ -529,6 +529,7 @@ def test_under_autocast_the_influence_stays_in_full_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = bptt(cell, x, c)  # rounds alike, so that no top-k flips
         found = online(learner, x, c)
+    assert learner._engine.capture.dense == set()
     assert all(m.dtype == torch.float32 for m in learner.influence().values())
     assert learner.state.dtype == torch.float32
     assert worst_error(found, expected) < 0.1
