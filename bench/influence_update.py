@@ -114,13 +114,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     ops.select("cpp", torch.device("cpu"), torch.float32)
     rows = []
-    print(f"{'w':>4} {'r':>4} {'N':>6} {'B':>3} {'ratio':>6} {'same shape':>10} {'update':>7} {'mm':>7} {'cube':>7} GF/s")
+    print(
+        f"{'w':>4} {'r':>4} {'N':>6} {'B':>3} {'ratio':>6} {'same shape':>10} {'update':>7} {'mm':>7} {'cube':>7} GF/s"
+    )
     for batch in BATCHES:
         for w, r, columns in SHAPES:
             row = measure(w, r, columns, batch, options.rounds)
             rows.append(row)
             rates = " ".join(f"{row['gflops'][name]:7.1f}" for name in ("update", "mm", "cube"))
-            print(f"{w:4} {r:4} {columns:6} {batch:3} {row['ratio']:6.3f} {row['ratio_same_shape']:10.3f} {rates}", flush=True)
+            print(
+                f"{w:4} {r:4} {columns:6} {batch:3} {row['ratio']:6.3f} {row['ratio_same_shape']:10.3f} {rates}",
+                flush=True,
+            )
     if options.out:
         with open(options.out, "w") as file:
             json.dump({"machine": machine(), "rows": rows}, file, indent=1)

@@ -1,9 +1,9 @@
 """Time per token of the influence work with the planner, over that of eager updating, in one run.
 
 ``python bench/lazy.py --out bench/results/lazy_cpu.json`` for the whole table; ``--slots 4 --experts 64 256`` for a
-part of it. Both get the same captured steps of a cell, in alternating blocks of 64 tokens (flushes included); a
-measurement is repeated until the quartiles lie within 5 % of the median, or ``--rounds`` are used up. Before anything is
-timed, the gradients of both over the first tokens are compared. Capture time stands beside the influence time.
+part of it. Both get the same captured steps of a cell, in alternating blocks of 64 tokens (flushes included). Blocks are
+repeated until the quartiles lie within 5 % of the median, or ``--rounds`` are used up. Before anything is timed, the
+gradients of both over the first tokens are compared. Capture time stands beside the influence time.
 """
 
 import argparse
@@ -24,7 +24,9 @@ BLOCK = 64
 class Experiment:
     """One configuration: a cell, a stream of routings, and an influence for each way to catch up."""
 
-    def __init__(self, slots: int, experts: int, routing: str, flush_every: int, batch: int, commit_every: int, core: bool) -> None:
+    def __init__(
+        self, slots: int, experts: int, routing: str, flush_every: int, batch: int, commit_every: int, core: bool
+    ) -> None:
         torch.manual_seed(0)
         self.cell = SlotMoECell(
             input_size=32,
@@ -54,7 +56,14 @@ class Experiment:
     def new_influence(self, catch_up: str, batch: int) -> Influence:
         cell = self.cell
         return Influence(
-            self.engine.groups, batch, cell.num_slots, cell.slot_size, "auto", catch_up, torch.float32, self.engine.device
+            self.engine.groups,
+            batch,
+            cell.num_slots,
+            cell.slot_size,
+            "auto",
+            catch_up,
+            torch.float32,
+            self.engine.device,
         )
 
     def capture(self, count: int) -> list:
@@ -189,8 +198,8 @@ def main() -> None:
                     row = measure(slots, experts, routing, step_every, options)
                     rows.append(row)
                     print(
-                        f"{slots:5} {experts:7} {routing:>7} {step_every:10} {row['eager_ms']:7.2f} {row['planner_ms']:7.2f}"
-                        f" {row['capture_ms']:7.2f}            {row['planner_over_eager']:6.3f} {row['spread']:6.3f}"
+                        f"{slots:5} {experts:7} {routing:>7} {step_every:10} {row['eager_ms']:7.2f}"
+                        f" {row['planner_ms']:7.2f} {row['capture_ms']:7.2f}            {row['planner_over_eager']:6.3f} {row['spread']:6.3f}"
                         f"  {row['plan']}",
                         flush=True,
                     )

@@ -36,12 +36,15 @@ def count(capacity: int) -> dict:
 
 
 def main() -> None:
-    rows = [count(1 << power) for power in range(3, 13)]
+    rows = []
     print(f"{'L':>5} {'merges/append':>13} {'classical':>9} {'most/query':>10} {'2 log2 L':>8}")
-    for row in rows:
+    for power in range(3, 13):
+        row = count(1 << power)
+        rows.append(row)
         print(
             f"{row['L']:5} {row['merges_per_append']:13.3f} {row['classical_merges_per_append']:9}"
-            f" {row['most_merges_per_query']:10} {row['bound_per_query']:8}"
+            f" {row['most_merges_per_query']:10} {row['bound_per_query']:8}",
+            flush=True,
         )
     if len(sys.argv) > 1:
         with open(sys.argv[1], "w") as file:

@@ -33,7 +33,14 @@ class Engine:
         MemoryError: if the influence does not fit, with the numbers.
     """
 
-    def __init__(self, cell: SlotCell, batch_size: int, buffer: int | Literal["auto"], catch_up: CatchUp, backend: ops.Backend = "auto") -> None:
+    def __init__(
+        self,
+        cell: SlotCell,
+        batch_size: int,
+        buffer: int | Literal["auto"],
+        catch_up: CatchUp,
+        backend: ops.Backend = "auto",
+    ) -> None:
         if not isinstance(cell, SlotCell):
             raise TypeError(f"cell must be a SlotCell, got {type(cell).__name__}")
         if batch_size < 1:

@@ -285,9 +285,7 @@ def catch_up_(
     """
     for n in range(len(rows)):
         moving = (first <= n).nonzero().flatten()
-        influence_update_(
-            P, blocks[n], rows[n], cols[n], loss_rows[n], streams[moving], groups[moving], [], [], []
-        )
+        influence_update_(P, blocks[n], rows[n], cols[n], loss_rows[n], streams[moving], groups[moving], [], [], [])
 
 
 def suffix_loss_rows(

@@ -301,11 +301,7 @@ def test_dyadic_arithmetic_is_that_of_the_tree(count, capacity, first, data):
     tree.count = count
     start = data.draw(st.integers(max(0, count - capacity), count))
     assert list(tree._cover(start)) == _planner.cover(start, count, levels)
-    built = [
-        level
-        for level in range(1, levels + 1)
-        if count % (1 << level) == 0 and count - (1 << level) >= first
-    ]
+    built = [level for level in range(1, levels + 1) if count % (1 << level) == 0 and count - (1 << level) >= first]
     assert _planner.completed_levels(count, first, levels) == len(built)
 
 
@@ -313,13 +309,13 @@ def test_backends_that_are_not_there_are_refused(monkeypatch):
     device = torch.device("cpu")
     with pytest.raises(ValueError, match="backend must be one of"):
         ops.select("fast", device, torch.float32)
-    with pytest.raises(BackendError, match="float32 and float64, got torch.bfloat16"):
+    with pytest.raises(BackendError, match=r"float32 and float64, got torch\.bfloat16"):
         ops.select("cpp", device, torch.bfloat16)
     with pytest.raises(BackendError, match="tensors are on cuda"):
         ops.select("cpp", torch.device("cuda"), torch.float32)
     assert ops.select("auto", device, torch.bfloat16) is reference
     monkeypatch.setattr(ops, "compiled_problem", "they were not built")
-    with pytest.raises(BackendError, match="they were not built. Build them with"):
+    with pytest.raises(BackendError, match=r"they were not built\. Build them with"):
         CircularTree(4, 1, 2, 2, backend="cpp")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_rtrl import ops, reference
+from sparse_rtrl import ops
 from sparse_rtrl.reference import slot_entries
 
 
