@@ -1,7 +1,7 @@
 """Build of the compiled parts, all optional; the metadata stands in pyproject.toml.
 
 CPU operations need a C++ compiler and torch at build time, the planner needs pybind11. Build with
-``pip install --no-build-isolation .`` so that both are seen. SPARSE_RTRL_CPP=1 makes their absence an error and 0 leaves
+``pip install --no-build-isolation .`` so that both are seen. SPARSE_RTRL_CPP=1 makes their absence an error, 0 leaves
 them out.
 """
 
@@ -24,10 +24,12 @@ def sources(*libraries: str) -> list[str]:
 
 
 def headers() -> list[str]:
+    """Files that the sources include."""
     return [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inc", ".cuh")]
 
 
 def extensions() -> list[Extension]:
+    """What can be built here; a notice for what cannot."""
     wanted = os.environ.get("SPARSE_RTRL_CPP", "auto")
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"SPARSE_RTRL_CPP must be 0, 1 or auto, got {wanted!r}")

@@ -309,13 +309,13 @@ def test_backends_that_are_not_there_are_refused(monkeypatch):
     device = torch.device("cpu")
     with pytest.raises(ValueError, match="backend must be one of"):
         ops.select("fast", device, torch.float32)
-    with pytest.raises(BackendError, match="float32 and float64, got torch.bfloat16"):
+    with pytest.raises(BackendError, match=r"float32 and float64, got torch\.bfloat16"):
         ops.select("cpp", device, torch.bfloat16)
     with pytest.raises(BackendError, match="tensors are on cuda"):
         ops.select("cpp", torch.device("cuda"), torch.float32)
     assert ops.select("auto", device, torch.bfloat16) is reference
     monkeypatch.setattr(ops, "compiled_problem", "they were not built")
-    with pytest.raises(BackendError, match="they were not built. Build them with"):
+    with pytest.raises(BackendError, match=r"they were not built\. Build them with"):
         CircularTree(4, 1, 2, 2, backend="cpp")
 
 

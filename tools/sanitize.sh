@@ -1,0 +1,28 @@
+#!/bin/sh
+# AddressSanitizer and UndefinedBehaviorSanitizer over the C++ tests and the Python tests of tree and operations.
+# Usage: tools/sanitize.sh [python]. Builds into build/sanitize and leaves the installed package alone.
+set -eu
+python=${1:-python3}
+root=$(cd "$(dirname "$0")/.." && pwd)
+build=$root/build/sanitize
+flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+
+cmake -S "$root" -B "$build/cpp" -DSPARSE_RTRL_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+cmake --build "$build/cpp" --parallel
+ctest --test-dir "$build/cpp" --output-on-failure
+
+# A copy of the package with instrumented libraries beside its sources.
+mkdir -p "$build/python"
+cp -R "$root/sparse_rtrl" "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$build/python/"
+rm -f "$build"/python/sparse_rtrl/*.so
+(cd "$build/python" && SPARSE_RTRL_CPP=1 CFLAGS="$flags" LDFLAGS="$flags" "$python" setup.py -q build_ext --inplace)
+
+preload=""
+for library in asan ubsan stdc++; do
+  preload="$preload $(${CC:-cc} -print-file-name=lib$library.so)"
+done
+cd "$root"
+LD_PRELOAD="${preload# }" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  OMP_NUM_THREADS=2 PYTHONPATH="$build/python" \
+  "$python" -m pytest -q -p no:cacheprovider tests/test_compiled.py tests/test_tree.py tests/test_ops.py \
+  -k "not other_instruction_sets"
