@@ -16,7 +16,7 @@ DEMO ?=
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/'
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or later is needed, $(PYTHON) is older; say make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes)"
 	@$(BIN)/python -m pip --version
 	@# torch first: its build, CPU or CUDA, decides what the rest may bring.
-	$(PIP) torch setuptools wheel
+	$(PIP) torch setuptools wheel pybind11
 	$(PIP) --no-build-isolation -e '.[dev]'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "$(PIP) $(TRITON)"; $(PIP) $(TRITON); }
 	@touch $@

@@ -230,10 +230,10 @@ def suffix_product(
     out = []
     for stream, path in zip(streams.tolist(), paths.tolist(), strict=True):
         parts = [[part[n][stream : stream + 1] for part in (rows, cols, blocks, loss_rows)] for n in path if n >= 0]
-        product = parts[0]
-        for newer in parts[1:]:
-            product = list(tree_merge(*newer, *product, num_slots, slot_size))
-        out.append(widen(*product, num_rows, num_cols, slot_size))
+        r, c, b, u = parts[0]
+        for newer_r, newer_c, newer_b, newer_u in parts[1:]:
+            r, c, b, u = tree_merge(newer_r, newer_c, newer_b, newer_u, r, c, b, u, num_slots, slot_size)
+        out.append(widen(r, c, b, u, num_rows, num_cols, slot_size))
     if not out:
         like, w, r = blocks[0], num_rows * slot_size, num_cols * slot_size
         return (
