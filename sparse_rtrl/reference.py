@@ -230,17 +230,17 @@ def suffix_product(
     out = []
     for stream, path in zip(streams.tolist(), paths.tolist(), strict=True):
         parts = [[part[n][stream : stream + 1] for part in (rows, cols, blocks, loss_rows)] for n in path if n >= 0]
-        product = parts[0]
-        for newer in parts[1:]:
-            product = list(tree_merge(*newer, *product, num_slots, slot_size))
-        out.append(widen(*product, num_rows, num_cols, slot_size))
+        r, c, b, u = parts[0]
+        for r2, c2, b2, u2 in parts[1:]:
+            r, c, b, u = tree_merge(r2, c2, b2, u2, r, c, b, u, num_slots, slot_size)
+        out.append(widen(r, c, b, u, num_rows, num_cols, slot_size))
     if not out:
-        like, w, r = blocks[0], num_rows * slot_size, num_cols * slot_size
+        like, height, width = blocks[0], num_rows * slot_size, num_cols * slot_size
         return (
             streams.new_empty(0, num_rows),
             streams.new_empty(0, num_cols),
-            like.new_empty(0, w, r),
-            like.new_empty(0, r),
+            like.new_empty(0, height, width),
+            like.new_empty(0, width),
         )
     r0, c0, b0, u0 = (torch.cat(part) for part in zip(*out, strict=True))
     return r0, c0, b0, u0
