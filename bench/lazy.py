@@ -1,8 +1,8 @@
 """Time per token of the influence work with the planner, over that of eager updating, in one run.
 
 ``python bench/lazy.py --out bench/results/lazy_cpu.json`` for the whole table; ``--slots 4 --experts 64 256`` for a
-part of it. Both get the same captured steps of a cell, in alternating blocks of 64 tokens (flushes included), repeated
-until the quartiles lie within 5 % of the median, or ``--rounds`` are used up. Before anything is timed, the
+part of it. Both get the same captured steps of a cell, in alternating blocks of 64 tokens, flushes included. Blocks are
+repeated until the quartiles lie within 5 % of the median, or ``--rounds`` are used up. Before anything is timed, the
 gradients of both over the first tokens are compared. Capture time stands beside the influence time.
 """
 
@@ -199,9 +199,8 @@ def main() -> None:
                     rows.append(row)
                     print(
                         f"{slots:5} {experts:7} {routing:>7} {step_every:10} {row['eager_ms']:7.2f}"
-                        f" {row['planner_ms']:7.2f} {row['capture_ms']:7.2f}"
-                        f"            {row['planner_over_eager']:6.3f} {row['spread']:6.3f}"
-                        f"  {row['plan']}",
+                        f" {row['planner_ms']:7.2f} {row['capture_ms']:7.2f}           "
+                        f" {row['planner_over_eager']:6.3f} {row['spread']:6.3f}  {row['plan']}",
                         flush=True,
                     )
     if options.out:

@@ -231,16 +231,16 @@ def suffix_product(
     for stream, path in zip(streams.tolist(), paths.tolist(), strict=True):
         parts = [[part[n][stream : stream + 1] for part in (rows, cols, blocks, loss_rows)] for n in path if n >= 0]
         r, c, b, u = parts[0]
-        for newer_r, newer_c, newer_b, newer_u in parts[1:]:
-            r, c, b, u = tree_merge(newer_r, newer_c, newer_b, newer_u, r, c, b, u, num_slots, slot_size)
+        for r2, c2, b2, u2 in parts[1:]:
+            r, c, b, u = tree_merge(r2, c2, b2, u2, r, c, b, u, num_slots, slot_size)
         out.append(widen(r, c, b, u, num_rows, num_cols, slot_size))
     if not out:
-        like, w, r = blocks[0], num_rows * slot_size, num_cols * slot_size
+        like, height, width = blocks[0], num_rows * slot_size, num_cols * slot_size
         return (
             streams.new_empty(0, num_rows),
             streams.new_empty(0, num_cols),
-            like.new_empty(0, w, r),
-            like.new_empty(0, r),
+            like.new_empty(0, height, width),
+            like.new_empty(0, width),
         )
     r0, c0, b0, u0 = (torch.cat(part) for part in zip(*out, strict=True))
     return r0, c0, b0, u0

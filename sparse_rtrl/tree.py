@@ -268,10 +268,10 @@ class CircularTree:
             for size in (lambda node: node.rows.shape[1], lambda node: node.cols.shape[1])
         )
         self.query_merges += sum(len(covers[s]) - 1 for s in starts.tolist())
-        product_rows, product_cols, blocks, loss_row = self._ops.suffix_product(
+        new_rows, new_cols, blocks, loss_row = self._ops.suffix_product(
             *_parts(nodes), streams, paths, num_rows, num_cols, self.num_slots, self.slot_size
         )
-        return Node(product_rows, product_cols, blocks, loss_row, self.num_slots, self.slot_size, self.backend)
+        return Node(new_rows, new_cols, blocks, loss_row, self.num_slots, self.slot_size, self.backend)
 
     def replay_(self, P: Tensor, streams: Tensor, groups: Tensor, starts: Tensor) -> None:
         """Move influence matrices through every segment since their starts, in place.
