@@ -11,7 +11,7 @@ TRITON := triton==3.6.0
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/'
@@ -37,6 +37,14 @@ demo: $(STAMP)  ## Train the slot cell with RTRL, BPTT and TBPTT and compare the
 test: $(STAMP)  ## Run the tests, one process per core, and every benchmark once
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-disable
+
+ctest: $(STAMP)  ## Build and run the C++ tests
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp --parallel
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cpp --output-on-failure
+
+sanitize: $(STAMP)  ## Run C++ tests and tests of the operations under ASan and UBSan
+	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh $(abspath $(BIN))/python
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .
