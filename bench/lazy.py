@@ -91,7 +91,7 @@ class Experiment:
             if len(influence.window) >= self.commit_every:
                 influence.commit()
             influence.record([step])
-            handed = [influence.loss_gradient(len(influence.window) - 1, u)]
+            handed = [influence.loss_gradient(len(influence.window) - 1, u, 0)]
             self.tokens[name] += 1
             if self.tokens[name] % self.flush_every == 0:
                 handed.append(influence.flush())
