@@ -294,6 +294,8 @@ class GraphCapture:
         generator = torch.Generator(device="cpu").manual_seed(0)
         c = torch.randn(batch, hidden, generator=generator, dtype=torch.float64).to(end)
         truth = torch.autograd.grad(end, [parameters[n] for n in numbers], c, retain_graph=True, allow_unused=True)
+        if not all(bool(torch.isfinite(g).all()) for g in truth if g is not None):
+            return dict.fromkeys(numbers, "outer"), False  # nothing to compare with; the caller refuses the segment
         scale = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
         tolerance = 50 * torch.finfo(end.dtype).eps ** 0.75
         out: dict[int, Layout | None] = {}

@@ -394,7 +394,8 @@ def test_non_finite_states_stop():
     h = carry(model.initial(3))
     x[0, 1] = float("nan")
     _, h = model(x[:1], h)
-    with pytest.raises(NonFiniteError, match=r"the state, streams \[1\]"):
+    with warnings.catch_warnings(), pytest.raises(NonFiniteError, match=r"the state, streams \[1\]"):
+        warnings.simplefilter("error")
         carry(h)
 
 
