@@ -101,7 +101,7 @@ StartLength = Annotated[
 ]
 CurriculumUpdates = Annotated[
     int | None,
-    typer.Option(help="Updates until --length is reached; five sixths of --updates if absent.", rich_help_panel=_TASK),
+    typer.Option(help="Updates until --length is reached; all of --updates if absent.", rich_help_panel=_TASK),
 ]
 CurriculumShape = Annotated[str, typer.Option(help="linear or geometric.", rich_help_panel=_TASK)]
 MinDistance = Annotated[
@@ -173,7 +173,7 @@ def train(
     min_distance: MinDistance = None,
     pairs: Pairs = 4,
     batch_size: BatchSize = 16,
-    updates: Updates = 300,
+    updates: Updates = 400,
     segment: Segment = 8,
     learning_rate: LearningRate = 1.5e-2,
     final_learning_rate: FinalLearningRate = 1.5e-3,
@@ -219,7 +219,7 @@ def compare_direct(
     curriculum_updates: CurriculumUpdates = None,
     curriculum_shape: CurriculumShape = "geometric",
     batch_size: BatchSize = 16,
-    updates: Updates = 300,
+    updates: Updates = 400,
     segment: Segment = 8,
     learning_rate: LearningRate = 1.5e-2,
     final_learning_rate: FinalLearningRate = 1.5e-3,
@@ -293,7 +293,7 @@ def compare_trials(
     curriculum_updates: CurriculumUpdates = None,
     curriculum_shape: CurriculumShape = "geometric",
     batch_size: BatchSize = 16,
-    updates: Updates = 300,
+    updates: Updates = 400,
     segment: Segment = 8,
     learning_rate: LearningRate = 1.5e-2,
     final_learning_rate: FinalLearningRate = 1.5e-3,
@@ -333,7 +333,7 @@ def demo(
     curriculum_shape: CurriculumShape = "geometric",
     slot_size: SlotSize = 16,
     batch_size: BatchSize = 16,
-    updates: Updates = 300,
+    updates: Updates = 400,
     segment: Segment = 8,
     learning_rate: LearningRate = 1.5e-2,
     final_learning_rate: FinalLearningRate = 1.5e-3,

@@ -61,7 +61,7 @@ class RunConfig:
         task_options: further arguments of the task.
         length: length of the sequences at the end of the training.
         start_length: length at its beginning; None for ``length``, that is no curriculum.
-        curriculum_updates: updates until ``length`` is reached; None for five sixths of ``updates``.
+        curriculum_updates: updates until ``length`` is reached; None for all ``updates``.
         curriculum_shape: see :class:`~sparse_rtrl.tasks.Curriculum`.
         batch_size: streams.
         updates: batches to train on.
@@ -141,7 +141,7 @@ def build_stream(config: RunConfig) -> Iterable[Batch]:
     """The training sequences of a run: the task, under a curriculum if the run has one."""
     start = config.length if config.start_length is None else config.start_length
     task = build_task(config, config.length, config.batch_size, config.seed)
-    updates = config.curriculum_updates or max(1, round(5 / 6 * config.updates))
+    updates = config.curriculum_updates or config.updates
     return Curriculum(task, start, config.length, updates, config.curriculum_shape)
 
 
