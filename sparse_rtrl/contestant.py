@@ -39,8 +39,8 @@ METHODS = {
 CELLS: dict[str, Callable[..., SlotCell]] = {"slot-moe": SlotMoECell, "sparse-latent-moe": SparseLatentMoECell}
 """Cells by the name they have on the command line."""
 
-# Evaluation sequences come from a generator that no training seed reaches.
-_EVALUATION_SEED = 1 << 40
+# Half of the 32 bits that PyTorch's CPU generator takes of a seed: no run is scored on the stream it trained on.
+_EVALUATION_SEED = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,16 @@ def build_trainer(config: RunConfig) -> Trainer:
     )
 
 
-def evaluate_at(config: RunConfig, trainer: Trainer, length: int, seed_offset: int = 0) -> Accuracy:
-    """Accuracy on fresh sequences of one length; every method of a seed gets the same sequences."""
+def build_evaluation_task(config: RunConfig, length: int) -> Task:
+    """The fresh sequences a run is scored on: of the task it trained on, from another stream of random numbers."""
     # About four million tokens at a time bound the memory at any length.
     batch_size = min(config.eval_sequences, max(1, 2**22 // length), 500)
-    task = build_task(config, length, batch_size, _EVALUATION_SEED + config.seed + seed_offset)
-    return evaluate(trainer.method.model, task, config.eval_sequences)
+    return build_task(config, length, batch_size, (config.seed + _EVALUATION_SEED) % 2**32)
+
+
+def evaluate_at(config: RunConfig, trainer: Trainer, length: int) -> Accuracy:
+    """Accuracy on fresh sequences of one length; every method of a seed gets the same sequences."""
+    return evaluate(trainer.method.model, build_evaluation_task(config, length), config.eval_sequences)
 
 
 def chance(config: RunConfig, length: int) -> float:

@@ -42,7 +42,7 @@ class Task(ABC):
     Args:
         length: steps per sequence ``T``.
         batch_size: sequences per batch ``B``.
-        seed: seed of the task's generator, or a CPU generator to draw from.
+        seed: seed of the task's generator, at most 32 bits, or a CPU generator to draw from.
 
     Attributes:
         input_size: width of the one-hot inputs.
@@ -56,7 +56,11 @@ class Task(ABC):
     def __init__(self, length: int, batch_size: int, seed: int | torch.Generator) -> None:
         _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         self.batch_size = batch_size
-        self.generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        if not isinstance(seed, torch.Generator):
+            # The CPU generator drops higher bits without a word, so that two such seeds could give the same batches.
+            _require(0 <= seed < 2**32, "seed", seed, "between 0 and 2**32 - 1")
+            seed = torch.Generator().manual_seed(seed)
+        self.generator = seed
         self.length = length
 
     @property

@@ -128,6 +128,8 @@ def test_curriculum_sets_lengths():
         (lambda: Haystack(4, 2), ["length", "at least 5", "got 4"]),
         (lambda: Haystack(10, 2, min_distance=9), ["length", "at least 11", "got 10"]),
         (lambda: Haystack(10, 0), ["batch_size", "got 0"]),
+        (lambda: Haystack(10, 2, seed=2**40), ["seed", "2**32 - 1", f"got {2**40}"]),
+        (lambda: Haystack(10, 2, seed=-1), ["seed", "between 0", "got -1"]),
         (lambda: Haystack(10, 2, num_values=1), ["num_values", "got 1"]),
         (lambda: Haystack(10, 2, min_distance=-1), ["min_distance", "got -1"]),
         (lambda: Copy(5, 2, pattern_length=3), ["length", "at least 6", "got 5"]),
