@@ -39,10 +39,10 @@ def compiled_parts() -> list[str]:
 def backends() -> list[str]:
     """Backends that operations can use here; the reference is always there."""
     found = ["reference (plain PyTorch, any device)"]
-    if any("cuda" in name for name in compiled_parts()):
-        found.append("CUDA C++")
-    if any("cuda" not in name for name in compiled_parts()):
-        found.append("C++ (CPU)")
+    # The planner is compiled too, but runs no operation.
+    for library, backend in (("_cuda.", "CUDA C++"), ("_cpu.", "C++ (CPU)")):
+        if any(name.startswith(library) for name in compiled_parts()):
+            found.append(backend)
     if importlib.util.find_spec("sparse_rtrl.triton_kernels") and importlib.util.find_spec("triton"):
         found.append("Triton")
     return found
