@@ -17,6 +17,7 @@ from influence_update import machine
 from sparse_rtrl import Routing, SlotMoECell
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.influence import Influence
+from sparse_rtrl.reference import slot_entries
 
 BLOCK = 64
 
@@ -75,9 +76,13 @@ class Experiment:
             x = torch.randn(self.batch, 32, generator=self.generator)
             tensors = self.engine.checked_tensors()
             start = time.perf_counter()
-            step = self.engine.step(x, self.state, Routing(*pick, experts), tensors)
+            step = self.engine.step(x, self.state, Routing(*pick, experts), tensors, 0)
             self.capture_seconds.append(time.perf_counter() - start)
-            out.append((step, torch.randn(self.batch, self.cell.hidden_size, generator=self.generator) / 10))
+            # A loss on the output of a step depends on its support alone.
+            support = slot_entries(step.routing.support, self.cell.slot_size)
+            u = torch.zeros(self.batch, self.cell.hidden_size)
+            u.scatter_(1, support, torch.randn(support.shape, generator=self.generator) / 10)
+            out.append((step, u))
         return out
 
     def run(self, name: str, steps: list) -> tuple[float, torch.Tensor, torch.Tensor]:
@@ -119,8 +124,8 @@ def measure(slots: int, experts: int, routing: str, flush_every: int, options: a
     spread = 1.0
     for done in range(options.rounds):
         steps = experiment.capture(BLOCK)
-        for name, values in times.items():
-            values.append(experiment.run(name, steps)[0] / BLOCK)
+        for name in list(times)[:: 1 if done % 2 else -1]:
+            times[name].append(experiment.run(name, steps)[0] / BLOCK)
         if done >= 2:
             quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
             spread = max((q[2] - q[0]) / q[1] for q in quartiles.values())
