@@ -186,14 +186,12 @@ class Influence:
             NonFiniteError: if ``u`` holds NaN or infinity, or the influence has overflowed.
         """
         check_finite(step, {"the gradient of the loss": u})
-        core = u.new_zeros(self.groups.core_columns)
-        experts = u.new_zeros(self.groups.num_experts, self.groups.expert_columns)
         v = u
+        direct: list[tuple[Tensor, Tensor]] = []
         for captured in reversed(self.window[:position]):
             rows = slot_entries(captured.routing.write, self.slot_size)
             written = v.gather(1, rows)
-            for total, part in zip((core, experts), direct_gradient(captured, written, self.groups), strict=True):
-                total += part
+            direct.append(direct_gradient(captured, written, self.groups))
             gain = torch.bmm(written.unsqueeze(1), captured.Jh).squeeze(1)
             support = slot_entries(captured.routing.support, self.slot_size)
             v = v.scatter(1, rows, 0.0).scatter_add_(1, support, gain)
@@ -202,11 +200,14 @@ class Influence:
         self._ops.loss_row_(self.core, v, every)
         awake = self.awake.nonzero()
         self._ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
-        core_row, expert_row = self._take_loss_rows(self.awake)
-        if not bool(torch.isfinite(core_row.sum() + expert_row.sum())):
+        core, experts = self._take_loss_rows(self.awake)
+        if not bool(torch.isfinite(core.sum() + experts.sum())):
             bad = ~torch.isfinite(self.core).flatten(1).all(1)
             raise NonFiniteError(step, bad.nonzero().flatten().tolist(), "the influence, which has overflowed")
-        return core + core_row, experts + expert_row
+        for core_part, expert_part in direct:
+            core += core_part
+            experts += expert_part
+        return core, experts
 
     @full_precision
     def flush(self) -> tuple[Tensor, Tensor]:

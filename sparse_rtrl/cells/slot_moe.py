@@ -88,9 +88,9 @@ class SlotMoECell(SlotCell):
     Read are the slots with the largest scores ``q · k_i``, summed over the heads; written those with the largest
     importance ``b · s_i``; active the experts with the largest ``r_e``, the last output of each expert: the row that
     routes to an expert belongs to it, so the core does not grow with their number. Each score is also the soft weight
-    of what it selects, so selection trains. Sigmoid weights, unlike a softmax, train also when only one item is selected. The
-    piecewise linear gate can close completely, so that content survives any number of steps; a sigmoid only gets small,
-    and its leak empties a slot after some thousand steps.
+    of what it selects, so selection trains. Sigmoid weights, unlike a softmax, train also when only one item is
+    selected. The piecewise linear gate can close completely, so that content survives any number of steps; a sigmoid
+    only gets small, and its leak empties a slot after some thousand steps.
 
     Args:
         input_size: size of the input of a step.
