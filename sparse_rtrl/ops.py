@@ -27,25 +27,23 @@ _library.define(
 )
 _library.define("loss_row_(Tensor(a!) P, Tensor u, Tensor groups) -> ()")
 _library.define(
-    "tree_merge(Tensor newer_rows, Tensor newer_cols, Tensor newer_blocks, Tensor newer_loss_row, Tensor older_rows,"
-    " Tensor older_cols, Tensor older_blocks, Tensor older_loss_row, int num_slots, int slot_size)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-_library.define(
-    "suffix_product(Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor streams, Tensor paths,"
-    " int num_rows, int num_cols, int num_slots, int slot_size) -> (Tensor, Tensor, Tensor, Tensor)"
+    "tree_append_(Tensor(a!)[] rows, Tensor(b!)[] cols, Tensor(c!)[] blocks, Tensor(d!)[] loss_rows, Tensor(e!) count,"
+    " Tensor Jh, Tensor write, Tensor support, Tensor? loss_row, int first, int num_slots, int slot_size) -> ()"
 )
 _library.define(
-    "catch_up_(Tensor(a!) P, Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor streams,"
-    " Tensor groups, Tensor first, int slot_size) -> ()"
+    "suffix_product(Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor count, Tensor streams,"
+    " Tensor starts, int num_rows, int num_cols, int num_slots, int slot_size) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "suffix_loss_rows(Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor starts,"
+    "catch_up_(Tensor(a!) P, Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor streams,"
+    " Tensor groups, Tensor starts, int slot_size) -> ()"
+)
+_library.define(
+    "suffix_loss_rows(Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor starts,"
     " Tensor newest, int slot_size) -> Tensor"
 )
 
-NAMES = ("influence_update_", "loss_row_", "tree_merge", "suffix_product", "catch_up_", "suffix_loss_rows")
+NAMES = ("influence_update_", "loss_row_", "tree_append_", "suffix_product", "catch_up_", "suffix_loss_rows")
 
 for _name in NAMES:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -61,48 +59,29 @@ def _(P, u, groups):
     return None
 
 
-@torch.library.register_fake("sparse_rtrl::tree_merge", lib=_library)
-def _(
-    newer_rows: Tensor,
-    newer_cols: Tensor,
-    newer_blocks: Tensor,
-    newer_loss_row: Tensor,
-    older_rows: Tensor,
-    older_cols: Tensor,
-    older_blocks: Tensor,
-    older_loss_row: Tensor,
-    num_slots: int,
-    slot_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = newer_rows.shape[0]
-    num_rows = min(num_slots, newer_rows.shape[1] + older_rows.shape[1])
-    num_cols = min(num_slots, newer_cols.shape[1] + older_cols.shape[1])
-    return (
-        newer_rows.new_empty(batch, num_rows),
-        newer_cols.new_empty(batch, num_cols),
-        newer_blocks.new_empty(batch, num_rows * slot_size, num_cols * slot_size),
-        newer_loss_row.new_empty(batch, num_cols * slot_size),
-    )
+@torch.library.register_fake("sparse_rtrl::tree_append_", lib=_library)
+def _(rows, cols, blocks, loss_rows, count, Jh, write, support, loss_row, first, num_slots, slot_size):
+    return None
 
 
 @torch.library.register_fake("sparse_rtrl::suffix_product", lib=_library)
-def _(rows, cols, blocks, loss_rows, streams, paths, num_rows, num_cols, num_slots, slot_size):
-    count = streams.shape[0]
+def _(rows, cols, blocks, loss_rows, count, streams, starts, num_rows, num_cols, num_slots, slot_size):
+    products = streams.shape[0]
     return (
-        streams.new_empty(count, num_rows),
-        streams.new_empty(count, num_cols),
-        blocks[0].new_empty(count, num_rows * slot_size, num_cols * slot_size),
-        blocks[0].new_empty(count, num_cols * slot_size),
+        streams.new_empty(products, num_rows),
+        streams.new_empty(products, num_cols),
+        blocks[0].new_empty(products, num_rows * slot_size, num_cols * slot_size),
+        blocks[0].new_empty(products, num_cols * slot_size),
     )
 
 
 @torch.library.register_fake("sparse_rtrl::catch_up_", lib=_library)
-def _(P, rows, cols, blocks, loss_rows, streams, groups, first, slot_size):
+def _(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_size):
     return None
 
 
 @torch.library.register_fake("sparse_rtrl::suffix_loss_rows", lib=_library)
-def _(rows, cols, blocks, loss_rows, starts, newest, slot_size):
+def _(rows, cols, blocks, loss_rows, count, starts, newest, slot_size):
     return newest.new_empty(*starts.shape, newest.shape[1])
 
 
@@ -123,7 +102,7 @@ compiled_problem = _load_compiled()
 
 influence_update_ = torch.ops.sparse_rtrl.influence_update_
 loss_row_ = torch.ops.sparse_rtrl.loss_row_
-tree_merge = torch.ops.sparse_rtrl.tree_merge
+tree_append_ = torch.ops.sparse_rtrl.tree_append_
 suffix_product = torch.ops.sparse_rtrl.suffix_product
 catch_up_ = torch.ops.sparse_rtrl.catch_up_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_cell import pick
 
-from sparse_rtrl import CircularTree, Node
+from sparse_rtrl import CircularTree, ops, reference
 from sparse_rtrl.reference import slot_entries, union_slots
+from sparse_rtrl.tree import ring_bytes, ring_widths
 
 SLOTS, SIZE = 5, 2
 HIDDEN = SLOTS * SIZE
@@ -71,11 +72,18 @@ def test_every_suffix_over_three_wraps(capacity, levels):
             tree.suffix(start)
 
 
+def swap_products(monkeypatch):
+    """Multiply maps in the wrong order, wherever the tree multiplies."""
+    merge = reference.tree_merge
+    monkeypatch.setattr(reference, "tree_merge", lambda *nodes: merge(*nodes[4:8], *nodes[:4], *nodes[8:]))
+    for name in ("tree_append_", "suffix_product"):
+        monkeypatch.setattr(ops, name, getattr(reference, name))
+
+
 def test_the_product_does_not_commute_and_the_comparison_sees_it(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     tree, dense = CircularTree(8, 1, SLOTS, SIZE, torch.float64), Dense(1)
-    original = Node.compose
-    monkeypatch.setattr(Node, "compose", lambda newer, older: original(older, newer))
+    swap_products(monkeypatch)
     for _ in range(12):
         segment = random_segment(1, generator)
         tree.append(*segment)
