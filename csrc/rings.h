@@ -64,7 +64,7 @@ struct TreeAppend {
   const T* Jh;             // (B, kw * D, ks * D)
   const int64_t* write;    // (B, kw)
   const int64_t* support;  // (B, ks)
-  const T* loss_row;       // (B, ks * D), or null
+  const T* loss_row;       // (B, H), zero outside the support, or null
   int64_t num_write;       // kw
   int64_t num_support;     // ks
 };

@@ -51,7 +51,7 @@ inline void check_slots(const std::string& name, const int64_t* slots, int64_t s
       throw std::out_of_range(name + " must lie in 0 ... " + std::to_string(num_slots - 1) + ", got " +
                               std::to_string(slots[i]));
     }
-    if (i > 0 && slots[i] <= slots[i - 1] && slots[i] != slots[size - 1]) {
+    if (i > 0 && (slots[i] < slots[i - 1] || (slots[i] == slots[i - 1] && slots[i] != slots[size - 1]))) {
       throw std::invalid_argument(name + " must be sorted and repeat no slot but the largest");
     }
   }
@@ -149,7 +149,7 @@ void tree_append_(std::vector<Tensor> rows, std::vector<Tensor> cols, std::vecto
   }
   Jh = checked("Jh", Jh, like, like.scalar_type(), {batch, kw * slot_size, ks * slot_size});
   if (loss_row.has_value()) {
-    loss_row = checked("loss_row", *loss_row, like, like.scalar_type(), {batch, ks * slot_size});
+    loss_row = checked("loss_row", *loss_row, like, like.scalar_type(), {batch, num_slots * slot_size});
   }
   if (Device::kReadsValues) {
     for (int64_t b = 0; b < batch; ++b) {

@@ -89,6 +89,9 @@ def influence_update_(
 def loss_row_(P: Tensor, u: Tensor, groups: Tensor) -> None:
     """Add to the loss row of some influence matrices, in place: ``P[g, H] += u P[g, :H]``.
 
+    An implementation may leave rows of ``P`` unread whose ``u`` is zero: most losses touch few slots. NaN or infinity
+    in such a row then does not reach the loss row, as it does here.
+
     Args:
         P: influence matrices ``(G, H + 1, N)``.
         u: one row vector per matrix, ``(M, H)``.
@@ -208,7 +211,7 @@ def leaf(
         Jh: ``(B, kw * D, ks * D)``.
         write: ``(B, kw)`` int64, contained in ``support``; the blocks of a repeated slot must be equal.
         support: ``(B, ks)`` int64.
-        loss_row: ``(B, ks * D)`` or None for no loss.
+        loss_row: ``(B, H)``, zero outside the support; None for no loss.
         num_slots: ``S``.
         slot_size: ``D``.
 
@@ -222,14 +225,14 @@ def leaf(
         at = (write.unsqueeze(1) == rows.unsqueeze(2)).to(torch.int64).argmax(2)  # (B, R)
         blocks = blocks.gather(1, at.view(batch, -1, 1, 1, 1).expand(-1, -1, *blocks.shape[2:]))
     summed = blocks.new_zeros(batch, rows.shape[1], slot_size, cols.shape[1], slot_size)
-    u = Jh.new_zeros(batch, cols.shape[1], slot_size)
+    u = Jh.new_zeros(batch, cols.shape[1] * slot_size)
     if num_support:
         column = torch.searchsorted(cols, support.contiguous())
         summed.scatter_add_(3, column.view(batch, 1, 1, -1, 1).expand_as(blocks), blocks)
         if loss_row is not None:
-            at = column.unsqueeze(-1).expand(-1, -1, slot_size)
-            u.scatter_add_(1, at, loss_row.view(batch, num_support, slot_size))
-    return rows, cols, summed.flatten(3).flatten(1, 2), u.flatten(1)
+            held = first_occurrence(cols).repeat_interleave(slot_size, 1)
+            u = loss_row.gather(1, slot_entries(cols, slot_size)) * held
+    return rows, cols, summed.flatten(3).flatten(1, 2), u
 
 
 def completed_levels(count: int, first: int, levels: int) -> int:
@@ -288,7 +291,7 @@ def tree_append_(
         Jh: ``dh[write] / dh_entry[support]``, ``(B, kw * D, ks * D)``.
         write: ``(B, kw)`` int64, contained in ``support``; the blocks of a repeated slot must be equal.
         support: ``(B, ks)`` int64; duplicates add up.
-        loss_row: ``dL/dh_entry`` over the support, ``(B, ks * D)``; None for no loss.
+        loss_row: ``dL/dh_entry``, ``(B, H)``, zero outside the support; None for no loss.
         first: number of the first segment that was ever appended.
         num_slots: ``S``.
         slot_size: ``D``.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from sparse_rtrl import ops, reference
-from sparse_rtrl.reference import completed_levels, dyadic_cover, embed_node, pull_back, slot_entries, widen
+from sparse_rtrl import ops
+from sparse_rtrl.reference import completed_levels, dyadic_cover, pull_back, slot_entries, widen
 
 Rings: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 """Rows, columns, blocks and loss rows of the nodes, one ring per level."""
@@ -57,27 +57,6 @@ class Node:
         """Row vector through the augmented map: ``u + v Φ``, for ``v (B, H)``."""
         return pull_back(self.rows, self.cols, self.blocks, self.loss_row, v, self.slot_size)
 
-    def embed(self, rows: Tensor, cols: Tensor) -> Node:
-        """The same map written over larger sets of rows ``(B, R')`` and columns ``(B, C')``."""
-        blocks, loss_row = embed_node(
-            self.rows, self.cols, self.blocks, self.loss_row, rows, cols, slot_size=self.slot_size
-        )
-        return replace(self, rows=rows, cols=cols, blocks=blocks, loss_row=loss_row)
-
-
-def leaf(Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None, num_slots: int, slot_size: int) -> Node:
-    """The node of one segment: slots sorted, duplicated columns of the support summed.
-
-    Args:
-        Jh: ``(B, kw * D, ks * D)``.
-        write: ``(B, kw)`` int64, distinct within a row and contained in ``support``.
-        support: ``(B, ks)`` int64.
-        loss_row: ``(B, ks * D)`` or None for no loss.
-        num_slots: ``S``.
-        slot_size: ``D``.
-    """
-    return Node(*reference.leaf(Jh, write, support, loss_row, num_slots, slot_size), num_slots, slot_size)
-
 
 def ring_widths(
     levels: int, capacity: int, num_slots: int, write_slots: int, support_slots: int
@@ -106,7 +85,7 @@ class CircularTree:
 
     The nodes of a level stand in one preallocated ring, as wide as the widest segment so far makes them; a wider one
     makes all rings grow. The number of segments is kept on the device too, where the operations read it: on a GPU an
-    append (:meth:`append_node`), a query (:meth:`suffixes`) and a replay need no synchronisation and can be captured in
+    append (:meth:`append_segment`), a query (:meth:`suffixes`) and a replay need no synchronisation and can be captured in
     a CUDA graph, as long as no ring grows.
 
     Args:
@@ -183,13 +162,20 @@ class CircularTree:
             ValueError: on wrong shapes, dtype or device, or slots out of range; on a GPU the slots are not read.
         """
         self._check(Jh, write, support, loss_row)
-        self._append(Jh, write, support, loss_row)
+        if loss_row is not None:
+            u = loss_row.new_zeros(self.batch_size, self.num_slots * self.slot_size)
+            loss_row = u.scatter_add_(1, slot_entries(support, self.slot_size), loss_row)
+        self.append_segment(Jh, write, support, loss_row)
 
-    def append_node(self, node: Node) -> None:
-        """Append the node of one segment."""
-        self._append(node.blocks, node.rows, node.cols, node.loss_row)
+    def append_segment(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None) -> None:
+        """As :meth:`append`, with the loss row over the whole state, and slots that the caller answers for.
 
-    def _append(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None) -> None:
+        Args:
+            Jh: ``dh[write] / dh_entry[support]``, ``(B, kw * D, ks * D)``.
+            write: written slots ``(B, kw)`` int64, contained in ``support``; the blocks of a repeated slot are equal.
+            support: ``(B, ks)`` int64; duplicates add up.
+            loss_row: ``dL/dh_entry``, ``(B, S * D)``, zero outside the support; None for no loss.
+        """
         self._reserve(write.shape[1], support.shape[1])
         sizes = (self.first, self.num_slots, self.slot_size)
         self._ops.tree_append_(*self._rings, self._count, Jh, write, support, loss_row, *sizes)
