@@ -15,9 +15,11 @@ from torch import Tensor
 from sparse_rtrl import reference
 from sparse_rtrl.errors import BackendError
 
-Backend: TypeAlias = Literal["auto", "reference", "cpp"]
+Backend: TypeAlias = Literal["auto", "reference", "cpp", "cuda"]
 COMPILED_DTYPES = (torch.float32, torch.float64)
-"""What the compiled CPU operations are for; other dtypes run on the reference."""
+"""What the compiled operations are for; other dtypes run on the reference."""
+COMPILED = {"cpp": ("cpu", "SPARSE_RTRL_CPP"), "cuda": ("cuda", "SPARSE_RTRL_CUDA")}
+"""Device of each compiled backend, and the environment variable that makes its build a must."""
 
 _library = torch.library.Library("sparse_rtrl", "DEF")
 
@@ -85,9 +87,12 @@ def _(rows, cols, blocks, loss_rows, count, starts, newest, slot_size):
     return newest.new_empty(*starts.shape, newest.shape[1])
 
 
-def _load_compiled() -> str:
-    """Load the compiled CPU operations if they were built; returns why they are not there, or nothing."""
-    found = sorted(Path(__file__).parent.glob("_cpu.*.so")) + sorted(Path(__file__).parent.glob("_cpu.*.pyd"))
+def _load_compiled(library: str) -> str:
+    """Load compiled operations if they were built; returns why they are not there, or nothing."""
+    folder = Path(__file__).parent
+    if library == "_cuda" and torch.version.cuda is None:
+        return "this torch was built for the CPU"
+    found = sorted(folder.glob(f"{library}.*.so")) + sorted(folder.glob(f"{library}.*.pyd"))
     if not found:
         return "they were not built"
     try:
@@ -97,8 +102,10 @@ def _load_compiled() -> str:
     return ""
 
 
-compiled_problem = _load_compiled()
+compiled_problem = _load_compiled("_cpu")
 """Why the compiled CPU operations are missing; empty if they are there."""
+cuda_problem = _load_compiled("_cuda")
+"""Why the compiled CUDA operations are missing; empty if they are there."""
 
 influence_update_ = torch.ops.sparse_rtrl.influence_update_
 loss_row_ = torch.ops.sparse_rtrl.loss_row_
@@ -113,27 +120,30 @@ def select(backend: Backend, device: torch.device, dtype: torch.dtype) -> Any:
 
     Args:
         backend: ``"auto"`` takes what is built for the device and dtype, else the reference; ``"reference"`` is plain
-            PyTorch; ``"cpp"`` is the compiled CPU operations.
+            PyTorch; ``"cpp"`` is the compiled CPU operations; ``"cuda"`` the compiled CUDA operations, those of the tree
+            and ``catch_up_``, where all others run as with ``"auto"``.
         device: of the tensors.
         dtype: of the influence.
 
     Raises:
         ValueError: on another backend.
-        BackendError: if ``"cpp"`` is not there for the device and dtype, with the remedy.
+        BackendError: if ``"cpp"`` or ``"cuda"`` is not there for the device and dtype, with the remedy.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
-    if backend == "reference" or (backend == "auto" and device.type == "cpu" and dtype not in COMPILED_DTYPES):
+    if backend == "reference" or (backend == "auto" and dtype not in COMPILED_DTYPES):
         return reference
-    if backend == "cpp":
-        if device.type != "cpu":
-            raise BackendError(f"backend 'cpp' is for the CPU, the tensors are on {device}: use backend='auto'")
+    if backend in COMPILED:
+        kind, variable = COMPILED[backend]
+        problem = compiled_problem if backend == "cpp" else cuda_problem
+        if device.type != kind:
+            raise BackendError(f"backend '{backend}' is for {kind}, the tensors are on {device}: use backend='auto'")
         if dtype not in COMPILED_DTYPES:
-            raise BackendError(f"backend 'cpp' is for float32 and float64, got {dtype}: use backend='reference'")
-        if compiled_problem:
+            raise BackendError(f"backend '{backend}' is for float32 and float64, got {dtype}: use backend='reference'")
+        if problem:
             raise BackendError(
-                f"backend 'cpp' needs the compiled CPU operations: {compiled_problem}. Build them with"
-                " 'SPARSE_RTRL_CPP=1 pip install --no-build-isolation .', or use backend='auto' or 'reference'"
+                f"backend '{backend}' needs the compiled operations for {kind}: {problem}. Build them with"
+                f" '{variable}=1 pip install --no-build-isolation .', or use backend='auto' or 'reference'"
             )
     return _DISPATCHED
 

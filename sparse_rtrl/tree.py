@@ -187,7 +187,10 @@ class CircularTree:
         rows, cols = self._rings[:2]
         # A leaf without rows holds one row of the identity.
         own_rows, own_cols = (rows[0].shape[2], cols[0].shape[2]) if rows else (1, 1)
-        num_rows, num_cols = (max(own_rows, min(num_rows, self.num_slots)), max(own_cols, min(num_cols, self.num_slots)))
+        num_rows, num_cols = (
+            max(own_rows, min(num_rows, self.num_slots)),
+            max(own_cols, min(num_cols, self.num_slots)),
+        )
         if rows and (num_rows, num_cols) == (own_rows, own_cols):
             return
         grown: Rings = ([], [], [], [])
@@ -322,8 +325,10 @@ class CircularTree:
 
     def refresh_count(self) -> None:
         """Read ``count`` back from the device, after appends that the replay of a CUDA graph made."""
-        before, self.count = self.count, int(self._count)
-        self.merges += sum(completed_levels(n, self.first, self.levels) for n in range(before + 1, self.count + 1))
+        self.count = int(self._count)
+        # Every aligned run of segments since the first one was merged once.
+        runs = ((self.count >> level) - -(-self.first >> level) for level in range(1, self.levels + 1))
+        self.merges = sum(max(0, n) for n in runs)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume bit for bit, as tensors, numbers and containers of them."""

@@ -222,12 +222,20 @@ def test_backends_that_are_not_there_are_refused(monkeypatch):
         ops.select("fast", device, torch.float32)
     with pytest.raises(BackendError, match=r"float32 and float64, got torch\.bfloat16"):
         ops.select("cpp", device, torch.bfloat16)
-    with pytest.raises(BackendError, match="tensors are on cuda"):
+    with pytest.raises(BackendError, match="'cpp' is for cpu, the tensors are on cuda"):
         ops.select("cpp", torch.device("cuda"), torch.float32)
+    with pytest.raises(BackendError, match="'cuda' is for cuda, the tensors are on cpu"):
+        ops.select("cuda", device, torch.float32)
+    with pytest.raises(BackendError, match=r"float32 and float64, got torch\.float16"):
+        ops.select("cuda", torch.device("cuda"), torch.float16)
+    assert ops.select("auto", torch.device("cuda"), torch.bfloat16) is reference
     assert ops.select("auto", device, torch.bfloat16) is reference
     monkeypatch.setattr(ops, "compiled_problem", "they were not built")
-    with pytest.raises(BackendError, match=r"they were not built\. Build them with"):
+    with pytest.raises(BackendError, match=r"they were not built\. Build them with 'SPARSE_RTRL_CPP=1 pip"):
         CircularTree(4, 1, 2, 2, backend="cpp")
+    monkeypatch.setattr(ops, "cuda_problem", "this torch was built for the CPU")
+    with pytest.raises(BackendError, match=r"built for the CPU\. Build them with 'SPARSE_RTRL_CUDA=1 pip"):
+        ops.select("cuda", torch.device("cuda"), torch.float32)
 
 
 @compiled
@@ -265,14 +273,31 @@ def test_wrong_rings_are_refused():
         tree.append(*segment)
     count, leaves, slot = tree._count, [part[0] for part in tree._rings], torch.zeros(1, dtype=torch.int64)
     append = [*tree._rings, count, *segment, 0, 3, 2]
-    refused(ValueError, "write and support must fit the rings", "tree_append_", append, support=torch.zeros(2, 3).long())
-    refused(ValueError, "write must be contained in support", "tree_append_", append, write=(write + 1) % 3, support=segment[2] * 0 + write)
+    refused(
+        ValueError, "write and support must fit the rings", "tree_append_", append, support=torch.zeros(2, 3).long()
+    )
+    refused(
+        ValueError,
+        "write must be contained in support",
+        "tree_append_",
+        append,
+        write=(write + 1) % 3,
+        support=segment[2] * 0 + write,
+    )
     refused(IndexError, r"support must lie in 0 \.\.\. 2, got 3", "tree_append_", append, support=segment[2] * 0 + 3)
     refused(ValueError, r"loss_row must be Float of shape \(2, 6\)", "tree_append_", append, loss_row=torch.randn(2, 4))
     refused(ValueError, "one entry per level", "tree_append_", append, cols=tree._rings[1][:1])
     refused(ValueError, "count must be Long of shape", "tree_append_", append, count=count.int())
-    refused(ValueError, r"cols must be Long of shape \(4, 2", "tree_append_", append, rows=[tree._rings[0][0], *tree._rings[0][:-1]])
-    refused(ValueError, "loss_rows must be Float", "tree_append_", append, loss_rows=[u.double() for u in tree._rings[3]])
+    refused(
+        ValueError,
+        r"cols must be Long of shape \(4, 2",
+        "tree_append_",
+        append,
+        rows=[tree._rings[0][0], *tree._rings[0][:-1]],
+    )
+    refused(
+        ValueError, "loss_rows must be Float", "tree_append_", append, loss_rows=[u.double() for u in tree._rings[3]]
+    )
     query = [*tree._rings, count, slot, slot + 5, 3, 3, 3, 2]
     refused(IndexError, "starts must be at least count - L = 5, got 4", "suffix_product", query, starts=slot + 4)
     refused(RuntimeError, "must leave room for every slot", "suffix_product", query, num_rows=1, num_cols=1)
