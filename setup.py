@@ -1,10 +1,10 @@
 """Build of the compiled parts, all optional; the metadata stands in pyproject.toml.
 
 CPU operations need a C++ compiler and torch at build time, the planner needs pybind11. CUDA operations need a torch
-that was built for CUDA, and nvcc; no device is asked for. Build with ``pip install --no-build-isolation .`` so that they
-are seen. SPARSE_RTRL_CPP=1 makes the absence of the first two an error, SPARSE_RTRL_CUDA=1 that of the third; 0 leaves
-them out. SPARSE_RTRL_CUDA_ARCH names the GPUs to compile for, by default "80 90": machine code for each, and PTX of the
-last one for newer GPUs.
+that was built for CUDA, and nvcc; no device is asked for. Build with ``pip install --no-build-isolation .`` so that
+they are seen. SPARSE_RTRL_CPP=1 makes the absence of the first two an error, SPARSE_RTRL_CUDA=1 that of the third; 0
+leaves them out. SPARSE_RTRL_CUDA_ARCH names the GPUs to compile for, by default "80 90": machine code for each, and PTX
+of the last one for newer GPUs.
 """
 
 import importlib.util

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
 
 from sparse_rtrl import reference
 from sparse_rtrl.errors import BackendError
@@ -120,8 +119,8 @@ def select(backend: Backend, device: torch.device, dtype: torch.dtype) -> Any:
 
     Args:
         backend: ``"auto"`` takes what is built for the device and dtype, else the reference; ``"reference"`` is plain
-            PyTorch; ``"cpp"`` is the compiled CPU operations; ``"cuda"`` the compiled CUDA operations, those of the tree
-            and ``catch_up_``, where all others run as with ``"auto"``.
+            PyTorch; ``"cpp"`` is the compiled CPU operations; ``"cuda"`` the compiled CUDA operations: those of the
+            tree and ``catch_up_``, while all others run as with ``"auto"``.
         device: of the tensors.
         dtype: of the influence.
 

@@ -302,9 +302,14 @@ def tree_append_(
     _store(rings[0], now, widen(*node, rows[0].shape[2], cols[0].shape[2], slot_size))
     for level in range(1, completed_levels(now + 1, first, len(rings) - 1) + 1):
         index = ((now + 1) >> level) - 1
-        newer, older = ([ring[i % len(ring)] for ring in rings[level - 1]] for i in (2 * index + 1, 2 * index))
+        newer, older = (_ring_node(rings[level - 1], i) for i in (2 * index + 1, 2 * index))
         _store(rings[level], index, tree_merge(*newer, *older, num_slots, slot_size))
     count.add_(1)
+
+
+def _ring_node(ring: Sequence[Tensor], index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, cols, blocks, loss_rows = (part[index % len(part)] for part in ring)
+    return rows, cols, blocks, loss_rows
 
 
 def _store(rings: Sequence[Tensor], index: int, node: Sequence[Tensor]) -> None:
@@ -354,11 +359,11 @@ def suffix_product(
         blocks[0].new_zeros(len(streams), width),
     )
     for q, (stream, start) in enumerate(zip(streams.tolist(), starts.tolist(), strict=True)):
-        none = streams.new_zeros(1, 0)
+        one, none = slice(stream, stream + 1), streams.new_zeros(1, 0)
         product = (none, none, blocks[0].new_zeros(1, 0, 0), blocks[0].new_zeros(1, 0))
         for level, index in dyadic_cover(start, now, len(rings) - 1):
-            node = [ring[index % len(ring), stream : stream + 1] for ring in rings[level]]
-            product = tree_merge(*node, *product, num_slots, slot_size)
+            r, c, b, u = _ring_node(rings[level], index)
+            product = tree_merge(r[one], c[one], b[one], u[one], *product, num_slots, slot_size)
         for result, part in zip(out, widen(*product, num_rows, num_cols, slot_size), strict=True):
             result[q] = part[0]
     return out

@@ -84,9 +84,9 @@ class CircularTree:
     the ring wraps. A suffix of the window is covered by at most ``2 * log2(capacity)`` nodes.
 
     The nodes of a level stand in one preallocated ring, as wide as the widest segment so far makes them; a wider one
-    makes all rings grow. The number of segments is kept on the device too, where the operations read it: on a GPU an
-    append (:meth:`append_segment`), a query (:meth:`suffixes`) and a replay need no synchronisation and can be captured in
-    a CUDA graph, as long as no ring grows.
+    makes all rings grow. The number of segments is kept on the device too, where the operations read it: with the CUDA
+    operations an append (:meth:`append_segment`), a query (:meth:`suffixes`) and a replay need no synchronisation and
+    can be captured in a CUDA graph, as long as no ring grows.
 
     Args:
         capacity: number of segments ``L`` that are kept.
@@ -197,8 +197,9 @@ class CircularTree:
         for level, (n, r, c) in enumerate(ring_widths(self.levels, self.capacity, self.num_slots, num_rows, num_cols)):
             height, width = r * self.slot_size, c * self.slot_size
             if rows:
-                old = (part[level].flatten(0, 1) for part in self._rings)
-                new = [part.unflatten(0, (n, self.batch_size)) for part in widen(*old, r, c, self.slot_size)]
+                old_rows, old_cols, old_blocks, old_loss_rows = (part[level].flatten(0, 1) for part in self._rings)
+                wide = widen(old_rows, old_cols, old_blocks, old_loss_rows, r, c, self.slot_size)
+                new = [part.unflatten(0, (n, self.batch_size)) for part in wide]
             else:
                 slots = [torch.zeros(n, self.batch_size, k, dtype=torch.int64, device=self.device) for k in (r, c)]
                 shapes = ((n, self.batch_size, height, width), (n, self.batch_size, width))
@@ -263,10 +264,10 @@ class CircularTree:
         """Products of the segments from each start on, none of them before ``oldest``."""
         self._reserve(1, 1)
         room = [min(self.num_slots, (self.count - oldest) * part[0].shape[2]) for part in self._rings[:2]]
-        parts = self._ops.suffix_product(
+        new_rows, new_cols, blocks, loss_row = self._ops.suffix_product(
             *self._rings, self._count, streams, starts, *room, self.num_slots, self.slot_size
         )
-        return Node(*parts, self.num_slots, self.slot_size)
+        return Node(new_rows, new_cols, blocks, loss_row, self.num_slots, self.slot_size)
 
     def _merges_of(self, start: int) -> int:
         return max(0, sum(1 for _ in dyadic_cover(start, self.count, self.levels)) - 1)
@@ -364,8 +365,8 @@ class CircularTree:
         self._rings = (rows, cols, blocks, loss_rows)
 
     def _node(self, level: int, index: int) -> Node:
-        parts = (part[level][index % (self.capacity >> level)] for part in self._rings)
-        return Node(*parts, self.num_slots, self.slot_size)
+        rows, cols, blocks, loss_row = (part[level][index % (self.capacity >> level)] for part in self._rings)
+        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size)
 
     def _check(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None) -> None:
         for name, slots in (("write", write), ("support", support)):

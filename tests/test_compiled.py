@@ -17,6 +17,7 @@ from test_tree import Dense, random_segment
 
 import sparse_rtrl.influence
 from sparse_rtrl import RTRL, CircularTree, ops, reference
+from sparse_rtrl.environment import backends
 from sparse_rtrl.errors import BackendError
 from sparse_rtrl.plan import Plan, plan, planner_built
 
@@ -234,6 +235,7 @@ def test_backends_that_are_not_there_are_refused(monkeypatch):
     with pytest.raises(BackendError, match=r"they were not built\. Build them with 'SPARSE_RTRL_CPP=1 pip"):
         CircularTree(4, 1, 2, 2, backend="cpp")
     monkeypatch.setattr(ops, "cuda_problem", "this torch was built for the CPU")
+    assert "CUDA C++: no, this torch was built for the CPU" in backends()
     with pytest.raises(BackendError, match=r"built for the CPU\. Build them with 'SPARSE_RTRL_CUDA=1 pip"):
         ops.select("cuda", torch.device("cuda"), torch.float32)
 

@@ -33,7 +33,7 @@ def test_emulated_kernels(emulated, dtype, most_shared_bytes):
     covered = Counter()
 
     @given(data=st.data())
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=14, deadline=None, derandomize=True, database=None)
     def check(data):
         emulated.set(data.draw(st.sampled_from([FORWARD, REVERSE, SHUFFLED])), most_shared_bytes)
         covered.update(check_tree_operations(emulated, data.draw, dtype, [1, 3, 8, 17]))

@@ -162,7 +162,7 @@ def test_resume_bit_for_bit():
 @given(st.data())
 @settings(max_examples=20, deadline=None)
 def test_what_an_append_builds(data):
-    """Every place of every ring, against segments multiplied one by one: nothing else is built, and merges are counted."""
+    """Every place of every ring, against segments multiplied one by one: nothing else is built."""
     batch, capacity = 2, data.draw(st.integers(1, 9))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     tree, dense = CircularTree(capacity, batch, SLOTS, SIZE, torch.float64), Dense(batch)
