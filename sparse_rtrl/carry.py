@@ -85,8 +85,8 @@ class Carry:
     ``truncated`` nothing                       0                       Williams & Peng 1990, truncated BPTT
     ============= ============================= ======================= ==========================================
 
-    ``exact``, ``snap1`` and ``rflo`` also capture with one backward pass per state entry, batched, ``n H |θ|``; ``uoro``
-    with three in all. The classes in :mod:`sparse_rtrl.methods` define each of them for any module.
+    ``exact``, ``snap1`` and ``rflo`` also capture with one backward pass per state entry, batched, ``n H |θ|``;
+    ``uoro`` with three in all. The classes in :mod:`sparse_rtrl.methods` define each of them for any module.
 
     Args:
         module: the module whose trainable parameters are carried, as far as they reach the state. Parameters that are

@@ -161,7 +161,7 @@ def _through(node: GraphNode, name: str, view: Tensor) -> Callable[[int], Tensor
 
 
 def _signed(dim: int) -> int:
-    """A dimension that autograd saved as an unsigned number."""
+    """A dimension or index that autograd saved as an unsigned number."""
     return dim - 2**64 if dim >= 2**63 else dim
 
 
@@ -200,7 +200,7 @@ class _Operand:
     @property
     def column(self) -> int:
         """Column of the view's first element within the parameter."""
-        return self.view.storage_offset() - self.whole.storage_offset()
+        return int(self.view.storage_offset()) - int(self.whole.storage_offset())
 
 
 def _use(operand: _Operand, node: GraphNode, name: str, position: int, batch: int) -> Use | None:
@@ -275,7 +275,7 @@ def _product_use(operand: _Operand, node: GraphNode, name: str, position: int, b
     other, on_the_left = getattr(node, operands[1 - position]), position == 0
     # Rows of the product are applications: W z = (z^T W^T)^T. The view is then (inputs, outputs).
     z, view = (other.T, operand.view.T) if on_the_left else (other, operand.view)
-    (ins, outs), (stride_in, stride_out) = view.shape, view.stride()
+    (ins, _), (stride_in, stride_out) = view.shape, view.stride()
 
     def build(delta: Tensor, layout: Layout) -> Factor | None:
         d = _rows(delta.transpose(1, 2) if on_the_left else delta, batch, layout)

@@ -36,7 +36,7 @@ class Past(ABC):
         self.parameters: list[RecurrentParameter] = []
         """What is carried; parameters join when they first reach the state."""
         self.like: Tensor | None = None
-        """An empty tensor ``(B, H, 0)`` that tells sizes, dtype and device of what is kept; None before there is any."""
+        """An empty tensor ``(B, H, 0)``: sizes, dtype and device of what is kept; None before there is any."""
         self._capture = GraphCapture([], [])
 
     def close(self, end: Tensor, entry: Tensor, graph: SegmentGraph, selected: list[RecurrentParameter]) -> None:
@@ -66,7 +66,8 @@ class Past(ABC):
         if like is not None and (like.shape[:2] != end.shape or like.dtype != end.dtype or like.device != end.device):
             raise ValueError(
                 f"state must keep its size, dtype and device, (B, H) = {tuple(like.shape[:2])}, {like.dtype} on"
-                f" {like.device}; got {tuple(end.shape)}, {end.dtype} on {end.device}. For other streams make a new Carry"
+                f" {like.device}; got {tuple(end.shape)}, {end.dtype} on {end.device}. For other streams make a new"
+                " Carry"
             )
 
     def _admit(self, parameters: list[RecurrentParameter], end: Tensor) -> None:
@@ -79,6 +80,7 @@ class Past(ABC):
         self.like = end.new_empty(*end.shape, 0)
         self._capture = GraphCapture([p.name for p in placed], [p.start for p in placed], self._capture.noted)
 
+    @abstractmethod
     def _allocate(self, parameters: list[RecurrentParameter], end: Tensor) -> None:
         """Make room for the influence of ``parameters``, taking over that of ``self.parameters``."""
 
@@ -148,6 +150,7 @@ class Past(ABC):
             self._load(state["kept"])
         self.segments = state["segments"]
 
+    @abstractmethod
     def _forget(self) -> None:
         """Drop everything that is kept."""
 

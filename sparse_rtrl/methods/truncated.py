@@ -8,12 +8,19 @@ from torch import Tensor
 
 from sparse_rtrl.methods.past import Past
 from sparse_rtrl.parameter_uses import SegmentGraph
+from sparse_rtrl.parameters import RecurrentParameter
 
 
 class Truncated(Past):
     """The gradient ends at the segment, as with ``h = h.detach()`` (Williams & Peng 1990). Keeps and costs nothing."""
 
     name: ClassVar[str] = "truncated"
+
+    def _allocate(self, parameters: list[RecurrentParameter], end: Tensor) -> None:
+        pass
+
+    def _forget(self) -> None:
+        pass
 
     def _close(self, end: Tensor, entry: Tensor, graph: SegmentGraph) -> None:
         pass

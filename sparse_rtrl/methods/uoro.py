@@ -35,8 +35,8 @@ class UORO(PendingPast[_Captured]):
         θ̃ <- θ̃ / ρ0 + ν F / ρ1
         ρ0^2 = ‖θ̃‖ / ‖J h̃‖,  ρ1^2 = ‖ν F‖ / ‖ν‖
 
-    one pair per stream, so that ``E[h̃ θ̃] = P``. The gradient is right on average over the signs; its variance grows with
-    the size of the state. Keeps ``B (H + |θ|)`` numbers. Neither the state Jacobian nor the immediate one is formed: a
+    one pair per stream, so that ``E[h̃ θ̃] = P``. The gradient is right on average over the signs; its variance
+    grows with the size of the state. Keeps ``B (H + |θ|)`` numbers. No Jacobian is formed: a
     segment costs one more backward pass for ``ν F`` and ``ν J``, and one backward pass through that one for ``J h̃``.
     Modules that torch cannot differentiate twice (compiled functions, fused recurrent layers) are refused.
     """
@@ -66,10 +66,8 @@ class UORO(PendingPast[_Captured]):
         self._settle()
         assert self._state is not None
         moved = _forward_product(end, entry, self._state)
-        low = "ToCopyBackward0" in graph.names
-        _check_product(
-            noise, moved, back.squeeze(1), self._state, 0.05 if low else 50 * torch.finfo(end.dtype).eps ** 0.75
-        )
+        tolerance = 0.05 if "ToCopyBackward0" in graph.names else 50 * torch.finfo(end.dtype).eps ** 0.75
+        _check_product(noise, moved, back.squeeze(1), self._state, tolerance)
         self._pending = _Captured(moved, noise, self._immediate(factors, end))
 
     def _immediate(self, factors: Factors, like: Tensor) -> Tensor:
