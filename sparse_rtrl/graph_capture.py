@@ -60,7 +60,7 @@ class GraphCapture:
         Raises:
             ContractError: if the streams influence each other.
         """
-        with without_hooks(parameters):
+        with torch.no_grad(), without_hooks(parameters):
             return self._segment(end, entry, parameters, graph, cotangents)
 
     def _segment(
