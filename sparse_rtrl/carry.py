@@ -338,7 +338,7 @@ class Carry:
                 warnings.warn(
                     f"{', '.join(new)}: unfrozen while streams are carried; from now on the gradient counts, without"
                     " what happened while frozen",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         self._frozen = frozen
 
