@@ -84,6 +84,9 @@ class PatternInfluence:
             immediate: ``F`` on the pattern, ``(B, M, q, j)``.
         """
         batch, groups, q, _ = self.values.shape
+        if q == J.shape[1] and bool(self.valid.all()):  # every entry is reached: no need to gather
+            self.values = torch.matmul(J.unsqueeze(1), self.values) + immediate
+            return
         chunk = max(1, MAX_BLOCK_NUMBERS // max(1, batch * q * q))
         for start in range(0, groups, chunk):
             part = slice(start, start + chunk)
