@@ -124,7 +124,7 @@ class Carry:
         self._exclude = list(exclude or ())
         self._check_selection()
         self._past = METHODS[method](commit_every, generator)
-        self._frozen: set[str] | None = None
+        self._trainable: set[str] = set()
         self._entry: Tensor | None = None
         self._opened: _Entry | None = None
         self._capturing = False
@@ -156,7 +156,7 @@ class Carry:
         selected = self._selected()
         if self._entry is not None and self.method != "truncated":
             self._close_segment(end, self._entry, selected)
-        self._note_unfrozen(selected)
+        self._note_joining(selected)
         tensors = [p.tensor for p in selected]
         self._opened = _Entry(self, self._past.segments, selected, tensors)
         begin = end.detach()
@@ -329,18 +329,17 @@ class Carry:
                     " module given to Carry: give Carry a module that holds it, or detach what is computed from it"
                 )
 
-    def _note_unfrozen(self, selected: list[RecurrentParameter]) -> None:
+    def _note_joining(self, selected: list[RecurrentParameter]) -> None:
         """Tell of parameters that join while a stream is carried."""
-        frozen = {p.name for p in selected if not p.trainable}
-        if self._frozen is not None and self._past.segments:
-            new = sorted(self._frozen - frozen)
-            if new:
-                warnings.warn(
-                    f"{', '.join(new)}: unfrozen while streams are carried; from now on the gradient counts, without"
-                    " what happened while frozen",
-                    stacklevel=4,
-                )
-        self._frozen = frozen
+        trainable = {p.name for p in selected if p.trainable}
+        new = sorted(trainable - self._trainable) if self._past.segments else []
+        if new:
+            warnings.warn(
+                f"{', '.join(new)}: unfrozen or added while streams are carried; from now on the gradient counts,"
+                " without what happened before",
+                stacklevel=4,
+            )
+        self._trainable = trainable
 
     def _check_selection(self) -> None:
         names = [p.name for p in _parameters_of(self.module)]

@@ -47,7 +47,7 @@ def test_unfrozen_later_starts_with_zero_influence_and_a_notice():
     changes = {5: trainable(name, True)}
     expected = with_changes(model, x, c, changes)
     freeze(model)
-    with pytest.warns(UserWarning, match=r"cell\.weight_hh: unfrozen while streams are carried"):
+    with pytest.warns(UserWarning, match=r"cell\.weight_hh: unfrozen or added while streams are carried"):
         found = with_changes(model, x, c, changes, Carry(model))
     assert worst_error(found, expected) <= EXACT
     assert worst_error(expected, whole) > 1e-2
@@ -61,7 +61,7 @@ def test_frozen_for_a_while():
     whole = bptt(model, x, c)
     changes = {4: trainable(name, False), 8: trainable(name, True)}
     expected = with_changes(model, x, c, changes)
-    with pytest.warns(UserWarning, match="unfrozen while streams are carried"):
+    with pytest.warns(UserWarning, match="unfrozen or added while streams are carried"):
         found = with_changes(model, x, c, changes, Carry(model, commit_every=3))
     assert worst_error(found, expected) <= EXACT
     assert worst_error(expected, whole) > 1e-2
@@ -98,7 +98,7 @@ def test_every_parameter_frozen_for_a_while():
         return gradients_of(model)
 
     model.zero_grad()
-    with pytest.warns(UserWarning, match="unfrozen while streams are carried"):
+    with pytest.warns(UserWarning, match="unfrozen or added while streams are carried"):
         found = without_loss(model, x, c, changes)
     assert worst_error(found, expected) <= EXACT
 
@@ -170,7 +170,8 @@ def test_parameters_that_are_added_later_join():
             plain = model.cell.forward
             model.cell.forward = lambda x, h: plain(x, torch.tanh(h @ model.cell.extra))
 
-    found = with_changes(model, x, c, {4: extend}, carry)
+    with pytest.warns(UserWarning, match=r"cell\.extra: unfrozen or added"):
+        found = with_changes(model, x, c, {4: extend}, carry)
     del model.cell.forward
     model.cell.extra = None
     del model.cell.extra

@@ -115,7 +115,11 @@ class PatternPast(PendingPast[tuple[Tensor, Factors]]):
     An entry ``(i, θ)`` belongs to the pattern ``M`` once ``δ_i``, the derivative of state entry ``i`` with respect to
     the output of the map that holds ``θ``, has differed from zero in some stream. Keeps ``B q |θ|`` numbers, with ``q``
     the most state entries that an element reaches within one segment: 1 for Elman and GRU cells and segments of one
-    step, 2 for an LSTM. A subclass says what ``D`` is.
+    step, 2 for an LSTM; a map before the cell, such as an embedding or a first layer, reaches every unit and keeps
+    everything. A subclass says what ``D`` is.
+
+    A loss goes back through its own segment exactly and meets ``P`` at the entry of that segment; the sources drop what
+    lies outside of ``M`` there too, so that this gradient has one more factor ``J`` right.
     """
 
     def __init__(self, commit_every: int | str = "auto", generator: torch.Generator | None = None) -> None:
