@@ -124,7 +124,7 @@ class Carry:
         self._exclude = list(exclude or ())
         self._check_selection()
         self._past = METHODS[method](commit_every, generator)
-        self._trainable: set[str] = set()
+        self._trainable = {p.name for p in self._selected() if p.trainable}
         self._entry: Tensor | None = None
         self._opened: _Entry | None = None
         self._capturing = False

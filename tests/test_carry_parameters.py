@@ -115,7 +115,8 @@ def test_unfrozen_where_its_past_is_lost_is_an_error_that_names_it():
     h = carry(h)
     model.cell.weight_hh.requires_grad_(True)  # after carry returned the state of the next segment
     output, h = model(x[4:5], h)
-    h = carry(h)
+    with pytest.warns(UserWarning, match="unfrozen or added"):
+        h = carry(h)
     with pytest.raises(RuntimeError, match=r"cell\.weight_hh was unfrozen after carry"):
         (output * c[4]).sum().backward()
 
