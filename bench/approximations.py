@@ -9,6 +9,7 @@ and Adam; at every segment each method's gradient of the GRU's parameters is com
 import argparse
 import json
 import statistics
+import subprocess
 import sysconfig
 import time
 from pathlib import Path
@@ -128,9 +129,10 @@ def draw(rows: list[dict], hidden_size: int, batch: int, path: str) -> None:
         window = max(1, len(values) // 40)
         means = [statistics.mean(values[i : i + window]) for i in range(0, len(values) - window + 1, window)]
         steps = [i * window * rows[0]["segment"] for i in range(len(means))]
-        stream.plot(steps, means, label=label, color=f"C{number}")
+        line = {"color": f"C{number}", "linewidth": 4 if method == "snap1" else 1.5}  # else it hides behind RFLO
+        stream.plot(steps, means, label=label, **line)
         for axes, key in ((single, "mean_cosine_second_half"), (summed, "mean_cosine_of_sums_second_half")):
-            axes.plot([row["segment"] for row in rows], [row[key][method] for row in rows], "o-", color=f"C{number}")
+            axes.plot([row["segment"] for row in rows], [row[key][method] for row in rows], "o-", **line)
     stream.set(xlabel="step of the stream", ylabel="cosine to the exact gradient", title="segments of 1 step")
     stream.legend(loc="lower left")
     for axes, title in ((single, "one segment's gradient"), (summed, f"gradients summed over {BLOCK} steps")):
@@ -164,7 +166,9 @@ def main() -> None:
         cosines = ", ".join(f"{label} {row['mean_cosine_second_half'][m]:.3f}" for m, label in LABELS.items())
         print(f"segments of {segment}: {cosines} ({time.perf_counter() - start:.0f} s)", flush=True)
     if options.out:
-        head = {"environment": describe_environment(), "exact_error_float64": error, "options": vars(options)}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        environment = {**describe_environment(), "commit": commit}
+        head = {"environment": environment, "exact_error_float64": error, "options": vars(options)}
         Path(options.out).write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
     if options.picture:
         draw(rows, options.hidden_size, options.batch, options.picture)
