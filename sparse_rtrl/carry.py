@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparse_rtrl.carry_estimate import CarryEstimate, estimate_carry
 from sparse_rtrl.entry import EnterSegment
-from sparse_rtrl.estimate import check_memory
-from sparse_rtrl.graph_capture import GraphCapture, walk
-from sparse_rtrl.influence import Influence, check_finite
-from sparse_rtrl.jacobian import Factors, StepJacobian
-from sparse_rtrl.parameters import ParameterGroups, RecurrentParameter
-from sparse_rtrl.slot_cell import Routing
-
-MAX_WINDOW_STEPS = 64
-"""Most maps of one parameter that ``commit_every="auto"`` lets a window collect."""
+from sparse_rtrl.errors import ContractError
+from sparse_rtrl.methods import METHODS, Method
+from sparse_rtrl.parameter_uses import SegmentGraph, walk
+from sparse_rtrl.parameters import RecurrentParameter
+from sparse_rtrl.precision import full_precision
 
 
 class _Entry:
     """The state that enters a segment: receives ``dL/dh_entry`` in the backward pass and answers with gradients."""
 
-    def __init__(self, carry: Carry, index: int) -> None:
+    def __init__(self, carry: Carry, index: int, selected: list[RecurrentParameter], tensors: list[Tensor]) -> None:
         self.carry = carry
         self.index = index
+        self.selected = selected
+        self.trainable = [tensor.requires_grad for tensor in tensors]
         self.used = False
 
     def gradients(self, u: Tensor) -> list[Tensor | None]:
         if self.carry._capturing:  # a capture differentiates at fixed entry state
-            return [None] * len(self.carry._selected)
+            return [None] * len(self.selected)
         if self.used:
             raise RuntimeError("backward was called twice through the same segment; add its losses up and call it once")
-        gradients = self.carry._gradients(self.index, u)
+        found = self.carry._past.gradients(self.index, u)
+        for parameter, trainable in zip(self.selected, self.trainable, strict=True):
+            if not trainable and parameter.tensor.requires_grad and parameter.name in found:
+                raise RuntimeError(
+                    f"{parameter.name} was unfrozen after carry had returned the state of this segment, so its gradient"
+                    " through the past has nowhere to go: unfreeze parameters before h = carry(h)"
+                )
         self.used = True
-        return gradients
+        return [found[p.name].to(p.tensor.dtype) if p.name in found else None for p in self.selected]
 
 
 class Carry:
@@ -57,19 +62,42 @@ class Carry:
     Equal to BPTT through the whole past for parameters that did not change on the way; after an online update it is
     the gradient of the path taken (Williams & Zipser 1989). A segment of ``n`` steps costs ``2 H + H^2 / n``
     multiply-adds per parameter and step, and ``itemsize * B * (H + 1) * |θ|`` bytes at any length (Schmidhuber 1992),
-    with ``θ`` the parameters that reach the state.
+    with ``θ`` the parameters that reach the state; :meth:`estimate` says what that comes to.
 
     The state may be a tensor, a tuple or any nest of them; several layers are carried as one joint state, which is
     exact. Streams that restart inside the nest (``torch.where(mask, h0, h)`` on what ``carry`` returned) lose their
-    influence by themselves.
+    influence by themselves. Dropout is exact too: the gradient is that of the masks that were drawn.
+
+    For those who cannot afford the exact gradient there are approximations. Each is exact within a segment, and differs
+    in what it keeps of the past (``q``: state entries that a parameter reaches within a segment; numbers and
+    multiply-adds per stream):
+
+    ============= ============================= ======================= ==========================================
+    ``method``    keeps                         update of a segment     source
+    ============= ============================= ======================= ==========================================
+    ``exact``     ``(H + 1) |θ|``, everything   ``(n H + H^2) |θ|``     Williams & Zipser 1989; Schmidhuber 1992
+    ``snap1``     ``q |θ|``, the entries that   ``(n + q) q |θ|``       Menick et al. 2021, SnAp-1
+                  are reached within a segment
+    ``rflo``      ``q |θ|``, moved by the       ``(n + q) q |θ|``       Murray 2019; Bellec et al. 2020 (e-prop)
+                  element-wise part of ``J``
+    ``uoro``      ``H + |θ|``, an unbiased      ``n |θ|``               Tallec & Ollivier 2018
+                  estimate of rank one
+    ``truncated`` nothing                       0                       Williams & Peng 1990, truncated BPTT
+    ============= ============================= ======================= ==========================================
+
+    ``exact``, ``snap1`` and ``rflo`` also capture with one backward pass per state entry, batched, ``n H |θ|``;
+    ``uoro`` with three in all. The classes in :mod:`sparse_rtrl.methods` define each of them for any module.
 
     Args:
-        module: the module whose trainable parameters are carried, as far as they reach the state.
-        commit_every: segments between two influence updates; the gradient is exact whatever it is. ``"auto"`` lets a
-            window grow to about ``min(H, 64)`` steps.
+        module: the module whose trainable parameters are carried, as far as they reach the state. Parameters that are
+            unfrozen or added later join with zero influence, and a notice.
+        commit_every: segments between two influence updates of the exact method; its gradient is exact whatever it is.
+            ``"auto"`` lets a window grow to about ``min(H, 64)`` steps.
         include: names of parameters or submodules to carry; None for all.
         exclude: names of parameters or submodules to leave out: their gradient is truncated at the segment.
         batch_dim: dimension of the streams in the tensors of the state; 1 for the state of ``nn.LSTM``.
+        method: what is kept of the past.
+        generator: source of the random signs of ``"uoro"``; None for torch's default one.
     """
 
     def __init__(
@@ -79,23 +107,33 @@ class Carry:
         include: Iterable[str] | None = None,
         exclude: Iterable[str] | None = None,
         batch_dim: int = 0,
+        method: Method = "exact",
+        generator: torch.Generator | None = None,
     ) -> None:
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+        if generator is not None and method != "uoro":
+            raise ValueError(f"generator is for method 'uoro', got one for method {method!r}, which draws nothing")
         self.module = module
         self.commit_every = commit_every
         self.batch_dim = batch_dim
-        self._selected = _select(module, include, exclude)
-        self._groups: ParameterGroups | None = None
-        self._influence: Influence | None = None
-        self._capture: GraphCapture | None = None
+        self.method: Method = method
+        self._include = None if include is None else list(include)
+        self._exclude = list(exclude or ())
+        self._check_selection()
+        self._past = METHODS[method](commit_every, generator)
+        self._trainable = {p.name for p in self._selected() if p.trainable}
         self._entry: Tensor | None = None
-        self._segments = 0
-        self._window_steps = 0
+        self._opened: _Entry | None = None
         self._capturing = False
 
+    @torch.compiler.disable(reason="carry reads the autograd graph that the segment left behind")
     def __call__(self, state: Any) -> Any:
         """Close a segment, or start the first one.
+
+        Inside a function given to ``torch.compile`` this is a graph break.
 
         Args:
             state: the state that the module returned, with its graph; at the start of a stream any state.
@@ -108,17 +146,25 @@ class Carry:
             RuntimeError: if gradients are disabled, if the graph of the segment is gone or outdated (``carry`` was
                 called after ``backward`` or after the optimizer's step), or if the state does not come from the last
                 one. The influence is left as it was.
+            ContractError: if streams of the batch influence each other, as under batch norm in training.
             NonFiniteError: if the state or a Jacobian is not finite.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("carry needs gradients, but they are disabled (no_grad): leave it out when evaluating")
         leaves, structure = pytree.tree_flatten(state)
         end = self._flat(leaves)
-        if self._entry is not None:
-            self._close_segment(end)
-        entry = EnterSegment.apply(_Entry(self, self._segments), end.detach(), *self._selected_tensors())
-        self._entry = entry
-        return pytree.tree_unflatten(self._unflat(entry, leaves), structure)
+        selected = self._selected()
+        if self._entry is not None and self.method != "truncated":
+            self._close_segment(end, self._entry, selected)
+        self._note_joining(selected)
+        tensors = [p.tensor for p in selected]
+        self._opened = _Entry(self, self._past.segments, selected, tensors)
+        begin = end.detach()
+        if self.method != "truncated":
+            # Requires a gradient by itself, so that the segment has a graph even while every parameter is frozen.
+            begin = EnterSegment.apply(self._opened, begin.requires_grad_(), *tensors)
+        self._entry = begin
+        return pytree.tree_unflatten(self._unflat(begin, leaves), structure)
 
     def reset(self, streams: Tensor | None = None) -> None:
         """Forget the past of some streams; call it after ``backward``, and give them a new state yourself.
@@ -126,54 +172,84 @@ class Carry:
         Args:
             streams: boolean mask ``(B,)``; None for all, after which ``h = carry(h0)`` starts anew.
         """
-        if self._influence is not None:
-            size = self._influence.batch_size
+        like = self._past.like
+        if like is not None:
+            size = like.shape[0]
             mask = torch.ones(size, dtype=torch.bool) if streams is None else streams
             if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
                 raise ValueError(
                     f"streams must be a bool mask of shape ({size},), got {mask.dtype} {tuple(mask.shape)}"
                 )
-            self._influence.reset(mask.to(self._influence.core.device))
-            self._window_steps = 0
+            self._past.reset(mask.to(like.device))
         if streams is None:
-            self._entry = None
+            self._entry = self._opened = None
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Call :meth:`flush` before every step of an optimizer.
+
+        Returns:
+            A handle with ``remove()``.
+        """
+        return optimizer.register_step_pre_hook(lambda *_: self.flush())
+
+    def flush(self) -> None:
+        """Make sure that ``.grad`` is complete and that the parameters may change now.
+
+        Nothing is ever owed: what goes through the past is in ``.grad`` when ``backward`` returns, so that clipping and
+        accumulation need no call. What :meth:`attach` adds is that an optimizer's step in the wrong place of the loop
+        stops before it changes a parameter, not only at the next ``carry(h)``.
+
+        Raises:
+            RuntimeError: if the loss of a segment went backwards and the segment is still open.
+        """
+        if self._opened is not None and self._opened.used and self._opened.index == self._past.segments:
+            raise RuntimeError(
+                "the optimizer would step while a segment is open: call h = carry(h) right after the forward pass,"
+                " before backward and step"
+            )
 
     def influence(self) -> dict[str, Tensor]:
-        """Influence ``dh/dθ`` of every carried parameter, ``(B, H, *shape)``; the state's tensors side by side."""
-        return {} if self._influence is None else self._influence.matrices()
+        """Influence ``dh/dθ`` of every carried parameter, ``(B, H, *shape)``; the state's tensors side by side.
+
+        That of an approximate method is what it stands for, zeros included.
+        """
+        return self._past.influence()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes kept of the past now."""
+        return self._past.kept_bytes()
+
+    def estimate(self, state: Any) -> CarryEstimate:
+        """Work out what carrying costs, before anything is allocated.
+
+        Args:
+            state: a state, for its sizes and dtype. The one that the module returned after ``carry(h0)``, with its
+                graph, tells which parameters reach the state; otherwise every trainable parameter counts.
+
+        Returns:
+            The costs; printed, they come with their formulas.
+        """
+        end = self._flat(pytree.tree_flatten(state)[0])
+        graph = walk(end, None if self._entry is None else self._entry.grad_fn)
+        trainable = [p for p in self._selected() if p.trainable]
+        reached = [p for p in trainable if id(p.tensor) in graph.accumulators]
+        return estimate_carry(self.method, [p.shape for p in reached or trainable], end)
 
     def state_dict(self) -> dict[str, Any]:
-        """The influence, after committing. Resume with it and ``h = carry(h)`` on the saved state."""
-        saved: dict[str, Any] = {"version": 1, "segments": self._segments, "influence": None}
-        if self._influence is not None and self._groups is not None:
-            saved["influence"] = self._influence.state_dict()
-            saved["names"] = [p.name for p in self._groups.core]
-        return saved
+        """What is kept, after committing. Resume with it and ``h = carry(h)`` on the saved state."""
+        return {"version": 1, **self._past.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if it does not fit the module.
+            ValueError: if it does not fit the module or the method.
         """
         if state.get("version") != 1:
             raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
-        if state["influence"] is not None:
-            by_name = {p.name: p for p in self._selected}
-            unknown = [name for name in state["names"] if name not in by_name]
-            if unknown:
-                raise ValueError(f"state holds the influence of {unknown}, which the module does not have or not carry")
-            core = state["influence"]["core"]
-            self._influence = None
-            self._build([by_name[name] for name in state["names"]], core.shape[0], core.shape[1] - 1, core)
-            assert self._influence is not None
-            self._influence.load_state_dict(state["influence"])
-        self._segments = state["segments"]
-        self._entry = None
-        self._window_steps = 0
-
-    def _selected_tensors(self) -> list[Tensor]:
-        return [p.tensor for p in self._selected]
+        self._past.load_state_dict(state, self._selected())
+        self._entry = self._opened = None
 
     def _flat(self, leaves: list[Any]) -> Tensor:
         """The floating-point tensors of a state side by side, ``(B, H)``, at least float32."""
@@ -201,25 +277,28 @@ class Carry:
                 out.append(leaf)
         return out
 
-    def _close_segment(self, end: Tensor) -> None:
-        """Capture the segment that ``end (B, H)`` closes, and commit the window before it if it is full."""
-        assert self._entry is not None
-        graph = walk(end, self._entry.grad_fn)
-        if self._entry.grad_fn not in graph.consumers:
+    @full_precision
+    def _close_segment(self, end: Tensor, entry: Tensor, selected: list[RecurrentParameter]) -> None:
+        """Capture the segment between ``entry`` and ``end``, both ``(B, H)``."""
+        graph = walk(end, entry.grad_fn)
+        if entry.grad_fn not in graph.consumers:
             raise RuntimeError(
                 "state does not depend on the state that carry returned last: give carry the state that the module"
                 " returned, with its graph; before a new sequence call carry.reset()"
             )
-        self._check_reached(list(graph.accumulators.values()))
-        carried = set() if self._groups is None else {p.name for p in self._groups.core}
-        reached = {p.name for p in self._selected if id(p.tensor) in graph.accumulators}
-        if self._influence is None or not reached <= carried:
-            self._build([p for p in self._selected if p.name in reached | carried], end.shape[0], end.shape[1], end)
-        assert self._groups is not None and self._influence is not None and self._capture is not None
+        self._check_reached(graph)
         try:
             self._capturing = True
-            parameters = [p.tensor for p in self._groups.core]
-            J, factors = self._capture.segment(end, self._entry, parameters, graph)
+            self._past.close(end, entry, graph, selected)
+        except ContractError as error:
+            norms = [
+                name
+                for name, module in self.module.named_modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+            ]
+            raise ContractError(
+                [*error.violations, *(f"{name} is a batch norm in training" for name in norms)]
+            ) from error
         except RuntimeError as error:
             if "second time" in str(error):
                 raise RuntimeError(
@@ -231,88 +310,68 @@ class Carry:
                     "a tensor of the segment's graph changed before carry was called: call h = carry(h) right after the"
                     " forward pass, before the optimizer's step"
                 ) from error
+            if "donated buffers" in str(error):
+                raise RuntimeError(
+                    "a function that torch.compile made frees its buffers in its first backward pass, but carry needs"
+                    " several: set torch._functorch.config.donated_buffer = False before it is compiled"
+                ) from error
             raise
         finally:
             self._capturing = False
-        values = {"the state": end, "the state Jacobian": J, "the immediate Jacobian": factors.delta}
-        check_finite(self._segments, values)
-        steps = max((term.tau for term in factors.terms), default=1)
-        if self._window_is_full(end.shape[1]):
-            self._influence.commit()
-            self._window_steps = 0
-        none = torch.zeros(end.shape[0], 0, dtype=torch.int64, device=end.device)
-        whole = torch.zeros(end.shape[0], 1, dtype=torch.int64, device=end.device)
-        empty = Factors(J.new_zeros(end.shape[0], 0, end.shape[1], 0), ())
-        self._influence.record([StepJacobian(J, Routing(none, whole, none), factors, empty)])
-        self._segments += 1
-        self._window_steps += steps
 
-    def _window_is_full(self, hidden_size: int) -> bool:
-        assert self._influence is not None
-        if self.commit_every == "auto":
-            return self._window_steps >= min(hidden_size, MAX_WINDOW_STEPS)
-        return len(self._influence.window) >= self.commit_every
-
-    def _check_reached(self, leaves: list[tuple[nn.Parameter, Any]]) -> None:
+    def _check_reached(self, graph: SegmentGraph) -> None:
         """Refuse trainable leaves that reach the state and do not belong to the module."""
         own = {id(p) for p in self.module.parameters()}
-        for variable, _ in leaves:
+        for variable, _ in graph.accumulators.values():
             if id(variable) not in own:
                 raise RuntimeError(
                     f"a trainable tensor of shape {tuple(variable.shape)} reaches the state but is no parameter of the"
                     " module given to Carry: give Carry a module that holds it, or detach what is computed from it"
                 )
 
-    def _build(self, parameters: list[RecurrentParameter], batch: int, hidden: int, like: Tensor) -> None:
-        """Allocate the influence of some parameters, taking over what is there; new ones start at zero."""
-        core: list[RecurrentParameter] = []
-        for parameter in parameters:
-            core.append(replace(parameter, start=core[-1].columns.stop if core else 0))
-        groups = ParameterGroups(core, [], 0)
-        check_memory(groups, hidden, batch, like)
-        influence = Influence(groups, batch, 1, hidden, 1, "eager", like.dtype, like.device)
-        if self._influence is not None:
-            influence.adopt(self._influence)
-            self._window_steps = 0
-        self._groups, self._influence = groups, influence
-        self._capture = GraphCapture([p.name for p in core], [p.start for p in core])
+    def _note_joining(self, selected: list[RecurrentParameter]) -> None:
+        """Tell of parameters that join while a stream is carried."""
+        trainable = {p.name for p in selected if p.trainable}
+        new = sorted(trainable - self._trainable) if self._past.segments else []
+        if new:
+            warnings.warn(
+                f"{', '.join(new)}: unfrozen or added while streams are carried; from now on the gradient counts,"
+                " without what happened before",
+                stacklevel=4,
+            )
+        self._trainable = trainable
 
-    def _gradients(self, index: int, u: Tensor) -> list[Tensor | None]:
-        """Gradients of the selected parameters through the past before segment ``index``."""
-        out: dict[str, Tensor] = {}
-        if self._influence is not None and self._groups is not None:
-            position = index - (self._segments - len(self._influence.window))
-            if position < 0:
-                raise RuntimeError(
-                    "backward came too late: the influence has moved past this segment. Call backward before the next"
-                    " carry(h) or reset, or raise commit_every"
-                )
-            core, experts = self._influence.loss_gradient(position, u, index)
-            parts = self._groups.split(core, experts)
-            out = {p.name: g.to(p.tensor.dtype) for p, g in zip(self._groups.core, parts, strict=True)}
-        return [out.get(p.name) for p in self._selected]
+    def _check_selection(self) -> None:
+        names = [p.name for p in _parameters_of(self.module)]
+        for argument, patterns in (("include", self._include or []), ("exclude", self._exclude)):
+            idle = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
+            if idle:
+                raise ValueError(f"{argument} names {idle}, but the parameters are {names}")
+        if not any(p.trainable for p in self._selected()):
+            raise ValueError("module has no trainable parameter to carry")
+
+    def _selected(self) -> list[RecurrentParameter]:
+        """Parameters that may be carried, frozen ones included; their columns are not yet assigned."""
+        return [
+            p
+            for p in _parameters_of(self.module)
+            if (self._include is None or _matches(p.name, self._include)) and not _matches(p.name, self._exclude)
+        ]
 
 
-def _select(
-    module: nn.Module, include: Iterable[str] | None, exclude: Iterable[str] | None
-) -> list[RecurrentParameter]:
-    """Trainable parameters, chosen by the names of parameters or submodules; their columns are not yet assigned."""
+def _matches(name: str, patterns: list[str]) -> bool:
+    """Whether a parameter's name is among names of parameters and submodules."""
+    return any(name == pattern or name.startswith(f"{pattern}.") for pattern in patterns)
 
-    def matches(name: str, patterns: list[str]) -> bool:
-        return any(name == pattern or name.startswith(f"{pattern}.") for pattern in patterns)
 
-    names = [name for name, p in module.named_parameters() if p.requires_grad]
-    wanted, unwanted = None if include is None else list(include), list(exclude or ())
-    for argument, patterns in (("include", wanted or []), ("exclude", unwanted)):
-        idle = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]
-        if idle:
-            raise ValueError(f"{argument} names {idle}, but the trainable parameters are {names}")
-    chosen = [n for n in names if (wanted is None or matches(n, wanted)) and not matches(n, unwanted)]
-    if not chosen:
-        raise ValueError("module has no trainable parameter to carry")
-    selected = []
-    for name in chosen:
-        prefix, _, attribute = name.rpartition(".")
-        owner = module.get_submodule(prefix)
-        selected.append(RecurrentParameter(name, owner, attribute, False, getattr(owner, attribute).shape, 0))
-    return selected
+def _parameters_of(module: nn.Module) -> list[RecurrentParameter]:
+    """Every parameter of a module, each once."""
+    seen: set[int] = set()
+    out = []
+    for prefix, owner in module.named_modules():
+        for attribute, parameter in owner._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                out.append(RecurrentParameter(name, owner, attribute, False, parameter.shape, 0))
+    return out

@@ -15,6 +15,9 @@ from sparse_rtrl.tree import ring_bytes, ring_widths
 MAX_COMMIT_EVERY = 16
 """Longest window that ``commit_every="auto"`` chooses: captured steps cost memory and a pass per loss."""
 
+MAX_WINDOW_STEPS = 64
+"""Most steps that ``Carry(commit_every="auto")`` lets a window collect."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -153,8 +156,21 @@ def choose_commit_every(cell: SlotCell, groups: ParameterGroups, routing: Routin
     return min((1 << power for power in range(MAX_COMMIT_EVERY.bit_length())), key=cost)
 
 
-def check_memory(groups: ParameterGroups, hidden_size: int, batch_size: int, like: Tensor) -> None:
+def check_memory(
+    groups: ParameterGroups,
+    hidden_size: int,
+    batch_size: int,
+    like: Tensor,
+    remedy: str = "Use fewer streams, a smaller state, or fewer experts",
+) -> None:
     """Refuse influence that cannot fit into the memory of a device.
+
+    Args:
+        groups: the recurrent parameters.
+        hidden_size: ``H``.
+        batch_size: ``B``.
+        like: a tensor of the influence's dtype on its device.
+        remedy: what to do, for the message.
 
     Raises:
         MemoryError: with the numbers.
@@ -168,7 +184,7 @@ def check_memory(groups: ParameterGroups, hidden_size: int, batch_size: int, lik
         raise MemoryError(
             f"the influence needs {_mib(needed)}: itemsize {like.element_size()} * batch_size {batch_size} *"
             f" (hidden_size {hidden_size} + 1) * {groups.count} recurrent parameters; {_mib(available)} are available"
-            f" on {like.device}. Use fewer streams, a smaller state, or fewer experts"
+            f" on {like.device}. {remedy}"
         )
 
 
