@@ -1,8 +1,8 @@
 """Time and memory of ``Carry`` against truncated BPTT and the textbook form of RTRL, in one run.
 
 ``python bench/carry.py --cell gru --hidden 128 --batch 16`` measures segments of 1, 16, 64 and 256 steps of
-``nn.RNNCell`` or ``nn.GRUCell`` with a loss at every step. The textbook keeps the whole influence matrix and moves it at
-every step with ``torch.baddbmm``, with Jacobians written by hand and no allocation in the loop. Contestants alternate;
+``nn.RNNCell`` or ``nn.GRUCell`` with a loss at every step. The textbook keeps the whole influence matrix and moves it
+at every step with ``torch.baddbmm``, Jacobians written by hand, no allocation in the loop. Contestants alternate;
 medians of blocks of steps. Every gradient is compared with BPTT through the whole past in float64 in the same run, and
 peak memory is measured in a process of its own. Rows are added to ``--out``; ``--plot`` draws what is there.
 """

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparse_rtrl.chain_capture import ChainCapture
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.estimate import check_memory
-from sparse_rtrl.graph_capture import GraphCapture, walk
+from sparse_rtrl.graph_capture import GraphCapture, SegmentGraph, walk
 from sparse_rtrl.influence import Influence, check_finite
 from sparse_rtrl.jacobian import Factors, StepJacobian
 from sparse_rtrl.parameters import ParameterGroups, RecurrentParameter
 from sparse_rtrl.slot_cell import Routing
+from sparse_rtrl.step_chain import StepChain
 
 MAX_WINDOW_STEPS = 64
 """Most maps of one parameter that ``commit_every="auto"`` lets a window collect."""
@@ -89,6 +91,7 @@ class Carry:
         self._groups: ParameterGroups | None = None
         self._influence: Influence | None = None
         self._capture: GraphCapture | None = None
+        self._chain_capture: ChainCapture | None = None
         self._entry: Tensor | None = None
         self._segments = 0
         self._window_steps = 0
@@ -215,11 +218,10 @@ class Carry:
         reached = {p.name for p in self._selected if id(p.tensor) in graph.accumulators}
         if self._influence is None or not reached <= carried:
             self._build([p for p in self._selected if p.name in reached | carried], end.shape[0], end.shape[1], end)
-        assert self._groups is not None and self._influence is not None and self._capture is not None
+        assert self._groups is not None and self._influence is not None
         try:
             self._capturing = True
-            parameters = [p.tensor for p in self._groups.core]
-            J, factors = self._capture.segment(end, self._entry, parameters, graph)
+            captured = self._captured(end, graph)
         except RuntimeError as error:
             if "second time" in str(error):
                 raise RuntimeError(
@@ -234,18 +236,39 @@ class Carry:
             raise
         finally:
             self._capturing = False
-        values = {"the state": end, "the state Jacobian": J, "the immediate Jacobian": factors.delta}
-        check_finite(self._segments, values)
-        steps = max((term.tau for term in factors.terms), default=1)
+        if isinstance(captured, StepChain):
+            steps = captured.count
+            check_finite(
+                self._segments, {"the state": end, "a Jacobian of the segment": captured.total().expand(len(end), 1)}
+            )
+        else:
+            steps = max((term.tau for term in captured.core.terms), default=1)
+            values = {
+                "the state": end,
+                "the state Jacobian": captured.Jh,
+                "the immediate Jacobian": captured.core.delta,
+            }
+            check_finite(self._segments, values)
         if self._window_is_full(end.shape[1]):
             self._influence.commit()
             self._window_steps = 0
-        none = torch.zeros(end.shape[0], 0, dtype=torch.int64, device=end.device)
-        whole = torch.zeros(end.shape[0], 1, dtype=torch.int64, device=end.device)
-        empty = Factors(J.new_zeros(end.shape[0], 0, end.shape[1], 0), ())
-        self._influence.record([StepJacobian(J, Routing(none, whole, none), factors, empty)])
+        self._influence.record([captured])
         self._segments += 1
         self._window_steps += steps
+
+    def _captured(self, end: Tensor, graph: SegmentGraph) -> StepChain | StepJacobian:
+        """The Jacobians of the segment, step by step if it is a chain of simple steps, else as one map."""
+        assert self._entry is not None and self._groups is not None
+        assert self._capture is not None and self._chain_capture is not None
+        parameters = [p.tensor for p in self._groups.core]
+        none = torch.zeros(end.shape[0], 0, dtype=torch.int64, device=end.device)
+        whole = torch.zeros(end.shape[0], 1, dtype=torch.int64, device=end.device)
+        routing = Routing(none, whole, none)
+        chain = self._chain_capture.segment(end, self._entry, parameters, routing)
+        if chain is not None:
+            return chain
+        J, factors = self._capture.segment(end, self._entry, parameters, graph)
+        return StepJacobian(J, routing, factors, Factors(J.new_zeros(end.shape[0], 0, end.shape[1], 0), ()))
 
     def _window_is_full(self, hidden_size: int) -> bool:
         assert self._influence is not None
@@ -276,6 +299,7 @@ class Carry:
             self._window_steps = 0
         self._groups, self._influence = groups, influence
         self._capture = GraphCapture([p.name for p in core], [p.start for p in core])
+        self._chain_capture = ChainCapture(groups)
 
     def _gradients(self, index: int, u: Tensor) -> list[Tensor | None]:
         """Gradients of the selected parameters through the past before segment ``index``."""
