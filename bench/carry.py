@@ -4,7 +4,7 @@
 ``nn.RNNCell`` or ``nn.GRUCell`` with a loss at every step. The textbook keeps the whole influence matrix and moves it
 at every step with ``torch.baddbmm``, Jacobians written by hand, no allocation in the loop. Contestants alternate;
 medians of blocks of steps. Every gradient is compared with BPTT through the whole past in float64 in the same run, and
-peak memory is measured in a process of its own. Rows are added to ``--out``; ``--plot`` draws what is there.
+``--memory`` adds the peak memory of each, in a process of its own. Rows are added to ``--out``; ``--plot`` draws them.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, nargs="+", default=SEGMENTS)
     parser.add_argument("--rounds", type=int, default=9, help="most blocks per contestant")
     parser.add_argument("--seconds", type=float, default=4.0, help="stop timing a contestant after so long")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too, a process each")
+    parser.add_argument("--memory", action="store_true", help="add peak memory to the rows in --out, a process each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -322,9 +322,12 @@ def main() -> None:
     for cell in options.cell:
         for hidden in options.hidden:
             for batch in options.batch:
-                found = measure(cell, hidden, batch, options)
                 if options.memory:
+                    kept = json.loads(options.out.read_text())["rows"]
+                    found = [r for r in kept if (r["cell"], r["hidden"], r["batch"]) == (cell, hidden, batch)]
                     measure_memory(found)
+                else:
+                    found = measure(cell, hidden, batch, options)
                 show(found)
                 sys.stdout.flush()
                 rows += found

@@ -23,6 +23,9 @@ from sparse_rtrl.step_chain import StepChain
 MAX_WINDOW_STEPS = 64
 """Most maps of one parameter that ``commit_every="auto"`` lets a window collect."""
 
+COMMIT_SECONDS, PULL_BACK_SECONDS, FLOPS = 5e-4, 2e-5, 1e11
+"""What ``commit_every="auto"`` assumes of commits and of steps of a pull-back, beside arithmetic at that rate."""
+
 
 class _Entry:
     """The state that enters a segment: receives ``dL/dh_entry`` in the backward pass and answers with gradients."""
@@ -219,6 +222,9 @@ class Carry:
         if self._influence is None or not reached <= carried:
             self._build([p for p in self._selected if p.name in reached | carried], end.shape[0], end.shape[1], end)
         assert self._groups is not None and self._influence is not None
+        if self._window_is_full(end.shape[1]):
+            self._influence.commit()
+            self._window_steps = 0
         try:
             self._capturing = True
             captured = self._captured(end, graph)
@@ -249,9 +255,6 @@ class Carry:
                 "the immediate Jacobian": captured.core.delta,
             }
             check_finite(self._segments, values)
-        if self._window_is_full(end.shape[1]):
-            self._influence.commit()
-            self._window_steps = 0
         self._influence.record([captured])
         self._segments += 1
         self._window_steps += steps
@@ -273,7 +276,14 @@ class Carry:
     def _window_is_full(self, hidden_size: int) -> bool:
         assert self._influence is not None
         if self.commit_every == "auto":
-            return self._window_steps >= min(hidden_size, MAX_WINDOW_STEPS)
+            batch, rows, columns = self._influence.core.shape
+            steps = max(self._window_steps, 1)
+            if steps >= min(hidden_size, MAX_WINDOW_STEPS):
+                return True
+            # A longer window shares the cost of a commit; in return every loss goes back through more of its steps.
+            segments = len(self._influence.window)
+            commit = COMMIT_SECONDS + 2.0 * batch * rows**2 * columns / FLOPS
+            return segments * steps >= 2.0 * commit / PULL_BACK_SECONDS
         return len(self._influence.window) >= self.commit_every
 
     def _check_reached(self, leaves: list[tuple[nn.Parameter, Any]]) -> None:

@@ -105,7 +105,7 @@ class ChainCapture:
                 first = last
         except NotAChain:
             return None
-        chain = StepChain(tuple(parts), *end.shape, routing)
+        chain = StepChain(tuple(parts), end.shape[0], end.shape[1], routing)
         if kind not in self._accepted:
             verdict = self._agrees(chain, end, entry, parameters)
             if verdict is None:  # nothing can be seen in a segment that is not finite, or at gradients of zero
@@ -142,8 +142,11 @@ class ChainCapture:
         linears: list[Linear] = []
         terms: list[OneRowTerm] = []
 
+        views: dict[int, tuple[Tensor, Tensor]] = {}
+
         def steps_of(x: Tensor) -> Tensor:
-            return x.view(count, batch, -1)
+            """``(n * B, k)`` as ``(n, B, k)``; the same view for the same tensor, which terms may share."""
+            return views.setdefault(id(x), (x, x.view(count, batch, -1)))[1]
 
         def send(target: Hashable, rows: Rows, d: Tensor) -> None:
             if target is None:
@@ -217,7 +220,7 @@ class _Reader:
 
     def steps(self) -> list[_Step]:
         """The steps of the segment, oldest first."""
-        node = self.end.grad_fn
+        node: GraphNode = self.end.grad_fn
         if node is None:
             raise NotAChain
         if node.name() == "CatBackward0" and node._saved_dim in _LAST_DIM:

@@ -195,7 +195,7 @@ class Influence:
         if chains := _chains(before):
             core, v = pull_back(chains, v, self.groups)
             before = []
-        for captured in reversed(before):
+        for captured in reversed(_steps(before)):
             rows = slot_entries(captured.routing.write, self.slot_size)
             written = v.gather(1, rows)
             for total, part in zip((core, experts), direct_gradient(captured, written, self.groups), strict=True):
@@ -246,7 +246,7 @@ class Influence:
             self.commits += 1
             self._new_window()
             return
-        segment = compose(self.window, self.groups, self.num_slots, self.slot_size)
+        segment = compose(_steps(self.window), self.groups, self.num_slots, self.slot_size)
         if self.tree is not None:
             oldest_kept = self.commits + 1 - self.tree.capacity
             expiring = (self.influenced & ~self.awake & (self.last_update < oldest_kept)).nonzero()
@@ -485,6 +485,11 @@ def _chains(window: Sequence[StepJacobian | StepChain]) -> list[StepChain]:
     """The window, if all of it was captured as chains of steps."""
     chains = [captured for captured in window if isinstance(captured, StepChain)]
     return chains if len(chains) == len(window) else []
+
+
+def _steps(window: Sequence[StepJacobian | StepChain]) -> list[StepJacobian]:
+    """The window with every chain as one step."""
+    return [captured.as_step if isinstance(captured, StepChain) else captured for captured in window]
 
 
 def check_finite(step: int, values: dict[str, Tensor]) -> None:

@@ -19,15 +19,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sparse_rtrl.jacobian import Factors, Term
+from sparse_rtrl.jacobian import Factors, StepJacobian, Term
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.slot_cell import Routing
 
 Rows: TypeAlias = tuple[tuple[int, int], ...]
 """State entries that the entries of a tensor reach, as consecutive runs (first entry, length)."""
 
-SCRATCH_BYTES = 16 * 2**20
-"""Most scratch for one block of columns of a commit."""
+SCRATCH_BYTES = 4 * 2**20
+"""About as much scratch takes one block of columns of a commit."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class AlikeSteps:
 
 @dataclass(frozen=True)
 class StepChain:
-    """The Jacobians of a segment, step by step; reads like a :class:`~sparse_rtrl.jacobian.StepJacobian`.
+    """The Jacobians of a segment, step by step.
 
     Attributes:
         parts: its steps, oldest first.
@@ -113,7 +113,8 @@ class StepChain:
         return sum(part.count for part in self.parts)
 
     @cached_property
-    def _composed(self) -> tuple[Tensor, Factors]:
+    def as_step(self) -> StepJacobian:
+        """The segment as one step, its factors dense over the state entries."""
         phi, phis = _phis(_single_steps([self]), self.batch_size, self.hidden_size)
         terms: list[Term] = []
         deltas: list[Tensor] = []
@@ -127,29 +128,15 @@ class StepChain:
                     deltas.append(delta)
                     start += delta.shape[2]
             position += part.count
-        joined = torch.cat(deltas, 2) if deltas else phi.new_zeros(self.batch_size, self.hidden_size, 0)
-        return phi, Factors(joined, tuple(terms))
-
-    @property
-    def Jh(self) -> Tensor:
-        """State Jacobian ``dh_end / dh_entry``, ``(B, H, H)``."""
-        return self._composed[0]
-
-    @property
-    def core(self) -> Factors:
-        """Immediate Jacobians of the segment, dense over the state entries."""
-        return self._composed[1]
-
-    @property
-    def expert(self) -> Factors:
-        """No experts."""
-        first = self.parts[0].terms[0].d
-        return Factors(first.new_zeros(self.batch_size, 0, self.hidden_size, 0), ())
+        none = phi.new_zeros(self.batch_size, 0, self.hidden_size, 0)
+        return StepJacobian(phi, self.routing, Factors(torch.cat(deltas, 2), tuple(terms)), Factors(none, ()))
 
     def total(self) -> Tensor:
         """Sum of all numbers: finite unless one of them is not, or the sum overflows."""
-        numbers = [e.d.sum() for part in self.parts for e in (*part.linears, *part.diagonals, *part.terms)]
-        return torch.stack(numbers).sum()
+        factors: list[Linear | Diagonal | OneRowTerm] = []
+        for part in self.parts:
+            factors += [*part.linears, *part.diagonals, *part.terms]
+        return torch.stack([factor.d.sum() for factor in factors]).sum()
 
 
 def pull_back(chains: Sequence[StepChain], v: Tensor, groups: ParameterGroups) -> tuple[Tensor, Tensor]:
@@ -160,45 +147,72 @@ def pull_back(chains: Sequence[StepChain], v: Tensor, groups: ParameterGroups) -
         vectors ``(B, H)`` before the first chain.
     """
     core = v.new_zeros(groups.core_columns)
-    pending: dict[tuple[int, int, int], list[tuple[Tensor, Tensor | None]]] = {}
-    for chain in reversed(chains):
-        for part in reversed(chain.parts):
-            vs = []
+    for parts in reversed(_alike([part for chain in chains for part in chain.parts])):
+        vs = []
+        for part in reversed(parts):
             for t in range(part.count - 1, -1, -1):
                 vs.append(v)
-                before = torch.zeros_like(v)
-                for linear in part.linears:
-                    reached = (_gather(v, linear.rows) * linear.d[t]) @ linear.weight
-                    before[:, linear.column : linear.column + reached.shape[1]] += reached
-                for diagonal in part.diagonals:
-                    width = diagonal.d.shape[2]
-                    before[:, diagonal.column : diagonal.column + width] += _gather(v, diagonal.rows) * diagonal.d[t]
-                v = before
-            stacked = torch.stack(vs[::-1])  # (n, B, H)
-            cotangents: dict[int, Tensor] = {}  # weight and bias of a map share theirs
-            for term in part.terms:
-                key = id(term.d)
-                if key not in cotangents:
-                    cotangents[key] = (_gather(stacked, term.rows) * term.d).flatten(0, 1)
-                z = None if term.z is None else term.z.flatten(0, 1)
-                columns = 1 if z is None else z.shape[1]
-                slot = (term.offset, cotangents[key].shape[1], columns)
-                pending.setdefault(slot, []).append((cotangents[key], z))
-    for (offset, m, columns), uses in pending.items():
-        delta = uses[0][0] if len(uses) == 1 else torch.cat([d for d, _ in uses])
-        if uses[0][1] is None:
-            value = delta.sum(0)
-        else:
-            value = delta.T @ (uses[0][1] if len(uses) == 1 else torch.cat([z for _, z in uses if z is not None]))
-        core[offset : offset + m * columns] += value.flatten()
+                v = _through(part, t, v)
+        stacked = vs[0].unsqueeze(0) if len(vs) == 1 else torch.stack(vs[::-1])  # (n, B, H)
+        cotangents: dict[int, Tensor] = {}  # weight and bias of a map share theirs
+        for number, term in enumerate(parts[0].terms):
+            if id(term.d) not in cotangents:
+                d = torch.cat([part.terms[number].d for part in parts])
+                cotangents[id(term.d)] = (_gather(stacked, term.rows) * d).flatten(0, 1)
+            delta = cotangents[id(term.d)]
+            if term.z is None:
+                value = delta.sum(0)
+            else:
+                zs = [z for part in parts if (z := part.terms[number].z) is not None]
+                value = (delta.T @ torch.cat(zs).flatten(0, 1)).flatten()
+            core[term.offset : term.offset + value.numel()] += value
     return core, v
+
+
+def _through(part: AlikeSteps, t: int, v: Tensor) -> Tensor:
+    """``v J_t`` for ``v (B, H)`` or ``(B, L, H)``."""
+    rows = v.dim() == 3
+    if len(part.linears) == 1 and not part.diagonals and part.linears[0].weight.shape[1] == v.shape[-1]:
+        linear = part.linears[0]
+        d = linear.d[t].unsqueeze(1) if rows else linear.d[t]
+        return (_gather(v, linear.rows) * d) @ linear.weight
+    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    for linear in part.linears:
+        d = linear.d[t].unsqueeze(1) if rows else linear.d[t]
+        out[..., linear.column : linear.column + linear.weight.shape[1]] += (
+            _gather(v, linear.rows) * d
+        ) @ linear.weight
+    for diagonal in part.diagonals:
+        d = diagonal.d[t].unsqueeze(1) if rows else diagonal.d[t]
+        out[..., diagonal.column : diagonal.column + d.shape[-1]] += _gather(v, diagonal.rows) * d
+    return out
+
+
+def _alike(parts: Sequence[AlikeSteps]) -> list[list[AlikeSteps]]:
+    """Consecutive parts whose terms are laid out alike, together."""
+    out: list[list[AlikeSteps]] = []
+    for part in parts:
+        if out and _layout(out[-1][0]) == _layout(part):
+            out[-1].append(part)
+        else:
+            out.append([part])
+    return out
+
+
+def _layout(part: AlikeSteps) -> list[tuple[int, Rows, bool, int]]:
+    """What terms are laid out alike by; the last entry says which terms share their ``d``."""
+    first: dict[int, int] = {}
+    return [
+        (term.offset, term.rows, term.z is None, first.setdefault(id(term.d), number))
+        for number, term in enumerate(part.terms)
+    ]
 
 
 def commit_(P: Tensor, chains: Sequence[StepChain], groups: ParameterGroups) -> None:
     """Move influence matrices through chains, in place: ``P[:, :H] <- Φ P[:, :H] + F``.
 
     Steps are taken in blocks that are composed backwards, ``Φ_{t-1} = Φ_t J_t``; a block costs ``(H^2 / c + 2 H) N``
-    multiply-adds per step at ``c`` steps and keeps ``c`` matrices ``Φ``, at most a quarter of ``P``. The columns of
+    multiply-adds per step at ``c`` steps and keeps ``c`` matrices ``Φ``, about an eighth of ``P``. The columns of
     ``P`` move through scratch of bounded size.
 
     Args:
@@ -208,42 +222,55 @@ def commit_(P: Tensor, chains: Sequence[StepChain], groups: ParameterGroups) -> 
     """
     batch, hidden = P.shape[0], P.shape[1] - 1
     steps = _single_steps(chains)
-    room = max(1, P.shape[2] // (4 * hidden), SCRATCH_BYTES // (batch * hidden**2 * P.element_size()))
+    room = max(1, P.shape[2] // (8 * hidden), SCRATCH_BYTES // (batch * hidden**2 * P.element_size()))
     blocks = -(-len(steps) // room)
     size = -(-len(steps) // blocks)
     scratch = P.new_empty(0)
     for first in range(0, len(steps), size):
         block = steps[first : first + size]
         phi, phis = _phis(block, batch, hidden)
-        for parameter in groups.core:
-            uses = _uses(block, parameter.start)
-            m = max((rows_count(use.rows) for use in uses), default=parameter.shape.numel())
-            width = parameter.shape.numel() // max(m, 1)
-            per_output = (width + (len(block) if uses else 0)) * batch * hidden * P.element_size()
+        for uses, starts, width, m in _columns(block, groups):
+            per_output = (width + len(block)) * batch * hidden * P.element_size()
             outputs = max(1, min(m, SCRATCH_BYTES // per_output))
             if scratch.numel() < batch * hidden * outputs * width:
                 scratch = P.new_empty(batch * hidden * outputs * width)
             for low in range(0, m, outputs):
                 high = min(m, low + outputs)
-                columns = slice(parameter.start + low * width, parameter.start + high * width)
-                count = (high - low) * width
-                new = scratch[: batch * hidden * count].view(batch, hidden, count)
-                torch.bmm(phi, P[:, :hidden, columns], out=new)
-                for use in uses:
-                    _add_immediate(new, use, phis[:, use.places], low, high)
-                P[:, :hidden, columns] = new
+                # d does not depend on the parameter: weight and bias of a map share what reaches the new state.
+                deltas = [
+                    _gather(phis[:, use.places], _cut(use.rows, low, high))
+                    * use.d[:, :, low:high].transpose(0, 1).unsqueeze(2)
+                    for use in uses[0]
+                ]  # (B, n, H, high - low)
+                for own, (start, inputs) in zip(uses, starts, strict=True):
+                    columns = slice(start + low * inputs, start + high * inputs)
+                    count = (high - low) * inputs
+                    new = scratch[: batch * hidden * count].view(batch, hidden, count)
+                    torch.bmm(phi, P[:, :hidden, columns], out=new)
+                    for use, delta in zip(own, deltas, strict=True):
+                        if use.z is None:
+                            new += delta.sum(1)
+                        else:
+                            rows = new.view(batch, hidden * (high - low), inputs)
+                            rows.baddbmm_(delta.flatten(2).transpose(1, 2), use.z.transpose(0, 1))
+                    P[:, :hidden, columns] = new
 
 
-def _add_immediate(new: Tensor, use: _Use, phis: Tensor, low: int, high: int) -> None:
-    """``new (B, H, columns) += sum_t Φ_t F_t`` for the outputs ``low ... high - 1`` of a map; ``phis (B, n, H, H)``."""
-    batch, hidden = new.shape[:2]
-    d = use.d[:, :, low:high].transpose(0, 1).unsqueeze(2)  # (B, n, 1, m)
-    delta = _gather(phis, _cut(use.rows, low, high)) * d  # (B, n, H, m)
-    if use.z is None:
-        new += delta.sum(1)
-    else:
-        rows = new.view(batch, hidden * (high - low), -1)
-        rows.baddbmm_(delta.flatten(2).transpose(1, 2), use.z.transpose(0, 1))
+def _columns(
+    block: list[tuple[AlikeSteps, int]], groups: ParameterGroups
+) -> list[tuple[list[list[_Use]], list[tuple[int, int]], int, int]]:
+    """Parameters whose terms share every ``d``, together: uses, (first column, inputs) of each, all inputs, outputs."""
+    together: dict[tuple[int, ...], list[tuple[list[_Use], int, int, int]]] = {}
+    joined: dict[tuple[int, ...], Tensor] = {}
+    for number, parameter in enumerate(groups.core):
+        uses = _uses(block, parameter.start, joined)
+        m = rows_count(uses[0].rows) if uses else parameter.shape.numel()
+        entry = (uses, parameter.start, parameter.shape.numel() // max(m, 1), m)
+        together.setdefault(tuple(id(use.d) for use in uses) or (-1 - number,), []).append(entry)
+    return [
+        ([e[0] for e in entries], [(e[1], e[2]) for e in entries], sum(e[2] for e in entries), entries[0][3])
+        for entries in together.values()
+    ]
 
 
 def _single_steps(chains: Sequence[StepChain]) -> list[tuple[AlikeSteps, int]]:
@@ -257,18 +284,9 @@ def _phis(steps: list[tuple[AlikeSteps, int]], batch: int, hidden: int) -> tuple
     phis = like.new_empty(batch, len(steps), hidden, hidden)
     phi = torch.eye(hidden, dtype=like.dtype, device=like.device).expand(batch, -1, -1)
     for position in range(len(steps) - 1, -1, -1):
-        part, t = steps[position]
         phis[:, position] = phi
-        before = like.new_zeros(batch, hidden, hidden)
-        for linear in part.linears:
-            reached = (_gather(phi, linear.rows) * linear.d[t].unsqueeze(1)) @ linear.weight
-            before[:, :, linear.column : linear.column + reached.shape[2]] += reached
-        for diagonal in part.diagonals:
-            width = diagonal.d.shape[2]
-            before[:, :, diagonal.column : diagonal.column + width] += _gather(phi, diagonal.rows) * diagonal.d[
-                t
-            ].unsqueeze(1)
-        phi = before
+        part, t = steps[position]
+        phi = _through(part, t, phi)
     return phi, phis
 
 
@@ -282,9 +300,9 @@ class _Use:
     z: Tensor | None
 
 
-def _uses(steps: list[tuple[AlikeSteps, int]], offset: int) -> list[_Use]:
-    """The terms of a parameter in a block, those of equal rows joined over the steps."""
-    found: dict[tuple[Rows, int], list[tuple[range, Tensor, Tensor | None]]] = {}
+def _uses(steps: list[tuple[AlikeSteps, int]], offset: int, joined: dict[tuple[int, ...], Tensor]) -> list[_Use]:
+    """The terms of a parameter in a block, those of equal rows joined over the steps; ``joined`` keeps shared ones."""
+    found: dict[tuple[Rows, int], list[tuple[range, OneRowTerm, slice]]] = {}
     position = 0
     while position < len(steps):
         part, first = steps[position]
@@ -296,17 +314,18 @@ def _uses(steps: list[tuple[AlikeSteps, int]], offset: int) -> list[_Use]:
         for term in part.terms:
             if term.offset == offset:
                 nth = repeats[term.rows] = repeats.get(term.rows, 0) + 1
-                entry = (range(position, position + count), term.d[when], None if term.z is None else term.z[when])
-                found.setdefault((term.rows, nth), []).append(entry)
+                found.setdefault((term.rows, nth), []).append((range(position, position + count), term, when))
         position += count
     out = []
     for (rows, _), entries in found.items():
-        places: slice | list[int] = [place for where, _, _ in entries for place in where]
-        if places == list(range(places[0], places[-1] + 1)):
-            places = slice(places[0], places[-1] + 1)
-        d = torch.cat([d for _, d, _ in entries])
-        zs = [z for _, _, z in entries if z is not None]
-        out.append(_Use(places, rows, d, torch.cat(zs) if zs else None))
+        every = [place for where, _, _ in entries for place in where]
+        consecutive = every == list(range(every[0], every[-1] + 1))
+        places = slice(every[0], every[-1] + 1) if consecutive else every
+        key = tuple(id(term.d) for _, term, _ in entries)
+        if key not in joined:
+            joined[key] = torch.cat([term.d[when] for _, term, when in entries])
+        zs = [term.z[when] for _, term, when in entries if term.z is not None]
+        out.append(_Use(places, rows, joined[key], torch.cat(zs) if zs else None))
     return out
 
 
