@@ -124,27 +124,34 @@ class Engine:
         self._build()
         self.influence.adopt(old)
 
-    def step(self, x: Tensor, state: Tensor, routing: Routing, tensors: list[Tensor], number: int) -> StepJacobian:
-        """Capture one step and check that its Jacobians are finite. Changes nothing.
+    def steps_of(
+        self, xs: Tensor, states: list[Tensor], routings: list[Routing], tensors: list[Tensor], number: int
+    ) -> list[StepJacobian]:
+        """Capture consecutive steps and check that their Jacobians are finite. Changes nothing.
 
         Args:
-            x: ``(B, ...)``.
-            state: state that enters the step, ``(B, S, D)``, detached.
-            routing: what the step touches.
+            xs: inputs ``(n, B, ...)``.
+            states: state that entered each step, ``(B, S, D)``, detached.
+            routings: what each step touched.
             tensors: from :meth:`checked_tensors`.
-            number: number of the step, for messages.
+            number: number of the first step, for messages.
 
         Returns:
-            State Jacobian and factored immediate Jacobians.
+            State Jacobian and factored immediate Jacobians of each step.
 
         Raises:
             NonFiniteError: if a Jacobian holds NaN or infinity.
         """
-        step = self.capture.step(x, state, routing, tensors)
-        total = step.Jh.sum() + step.core.delta.sum() + step.expert.delta.sum()
-        if not torch.isfinite(total):
-            self._raise_non_finite(step, tensors, number)
-        return step
+        steps = self.capture.steps(xs, states, routings, tensors)
+        totals = [value.sum() for step in steps for value in (step.Jh, step.core.delta, step.expert.delta)]
+        if not bool(torch.isfinite(torch.stack(totals).sum())):
+            for position, step in enumerate(steps):
+                self._raise_non_finite(step, tensors, number + position)
+        return steps
+
+    def step(self, x: Tensor, state: Tensor, routing: Routing, tensors: list[Tensor], number: int) -> StepJacobian:
+        """Capture one step, as :meth:`steps_of` does for several; ``x (B, ...)``."""
+        return self.steps_of(x.unsqueeze(0), [state], [routing], tensors, number)[0]
 
     def _raise_non_finite(self, step: StepJacobian, tensors: list[Tensor], number: int) -> None:
         """Name the parameters, or else the Jacobian, that hold NaN or infinity."""

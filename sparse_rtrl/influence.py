@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
 from sparse_rtrl.slot_cell import Routing
+from sparse_rtrl.step_chain import StepChain, commit_, pull_back
 from sparse_rtrl.tree import CircularTree
 
 PLAN_FIELDS = ("eager", "buffer", "levels", "product_from")
@@ -80,7 +82,7 @@ class Influence:
         """Experts whose matrix is that of the entry of the current window."""
         self.handed_out = torch.zeros(batch_size, experts, hidden, **options)
         """Part of a sleeping expert's loss row vector that :meth:`flush` has paid already."""
-        self.window: list[StepJacobian] = []
+        self.window: list[StepJacobian | StepChain] = []
         self.window_loss_row = torch.zeros(batch_size, hidden, **options)
         """``dL/dh`` at the entry of the current window, of the losses of its steps so far."""
         self.window_key = object()
@@ -151,7 +153,7 @@ class Influence:
                 self.events["plans"] += 1
 
     @full_precision
-    def record(self, steps: list[StepJacobian]) -> None:
+    def record(self, steps: Sequence[StepJacobian | StepChain]) -> None:
         """Add captured steps to the current window and wake the experts they use."""
         if self.plan is None and steps:
             self._begin(self._make_plan(steps[0].routing))
@@ -186,8 +188,13 @@ class Influence:
         """
         check_finite(step, {"the gradient of the loss": u})
         v = u
-        direct: list[tuple[Tensor, Tensor]] = []
-        for captured in reversed(self.window[:position]):
+        direct: list[tuple[Tensor, Tensor | None]] = []
+        before = self.window[:position]
+        if chains := _chains(before):
+            core_part, v = pull_back(chains, v, self.groups)
+            direct.append((core_part, None))
+            before = []
+        for captured in reversed(_steps(before)):
             rows = slot_entries(captured.routing.write, self.slot_size)
             written = v.gather(1, rows)
             direct.append(direct_gradient(captured, written, self.groups))
@@ -205,7 +212,8 @@ class Influence:
             raise NonFiniteError(step, bad.nonzero().flatten().tolist(), "the influence, which has overflowed")
         for core_part, expert_part in direct:
             core += core_part
-            experts += expert_part
+            if expert_part is not None:
+                experts += expert_part
         return core, experts
 
     @full_precision
@@ -235,7 +243,12 @@ class Influence:
         """Move the influence through the steps of the window, and append them to the tree as one segment."""
         if not self.window:
             return
-        segment = compose(self.window, self.groups, self.num_slots, self.slot_size)
+        if chains := _chains(self.window):
+            commit_(self.core, chains, self.groups)
+            self.commits += 1
+            self._new_window()
+            return
+        segment = compose(_steps(self.window), self.groups, self.num_slots, self.slot_size)
         if self.tree is not None:
             oldest_kept = self.commits + 1 - self.tree.capacity
             expiring = (self.influenced & ~self.awake & (self.last_update < oldest_kept)).nonzero()
@@ -466,6 +479,17 @@ class Influence:
         tree.append_segment(Jh, write, support, self.window_loss_row)
 
 
+def _chains(window: Sequence[StepJacobian | StepChain]) -> list[StepChain]:
+    """The window, if all of it was captured as chains of steps."""
+    chains = [captured for captured in window if isinstance(captured, StepChain)]
+    return chains if len(chains) == len(window) else []
+
+
+def _steps(window: Sequence[StepJacobian | StepChain]) -> list[StepJacobian]:
+    """The window with every chain as one step."""
+    return [captured.as_step if isinstance(captured, StepChain) else captured for captured in window]
+
+
 def check_finite(step: int, values: dict[str, Tensor]) -> None:
     """Refuse values ``(B, ...)`` that hold NaN or infinity.
 
@@ -473,6 +497,8 @@ def check_finite(step: int, values: dict[str, Tensor]) -> None:
         NonFiniteError: for the first of them, with its streams.
     """
     for name, value in values.items():
+        if bool(torch.isfinite(value.detach().sum())):
+            continue  # unlike a mask of every number, a sum costs one pass; it is only too strict where it overflows
         bad = ~torch.isfinite(value.detach()).flatten(1).all(1)
         if bool(bad.any()):
             raise NonFiniteError(step, bad.nonzero().flatten().tolist(), name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ from sparse_rtrl.factor_capture import FactorCapture, Piece, flat_row
 from sparse_rtrl.parameters import ParameterGroups, RecurrentParameter
 from sparse_rtrl.precision import full_precision
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots
+
+ROWS_TOGETHER = 4096
+"""Most rows, one per stream and written state entry, of steps that are captured together: bounds their memory."""
+_PARTS = ("read", "write", "experts")
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,42 @@ class JacobianCapture:
             if not wrong:
                 return step
             self._note_dense(wrong)
+
+    def steps(
+        self, xs: Tensor, states: list[Tensor], routings: list[Routing], tensors: list[Tensor]
+    ) -> list[StepJacobian]:
+        """Capture consecutive steps together: a step that was run is only rows of a batch, as its streams are.
+
+        Args:
+            xs: inputs ``(n, B, ...)``.
+            states: state that entered each step, ``(B, S, D)``, detached.
+            routings: what each step touched.
+            tensors: as for :meth:`step`.
+
+        Returns:
+            What :meth:`step` returns for each of them.
+        """
+        out: list[StepJacobian] = []
+        while len(out) < len(states):
+            first = len(out)
+            last = first + self._steps_together(routings[first:], states[first])
+            if last == first + 1:
+                out.append(self.step(xs[first], states[first], routings[first], tensors))
+            else:
+                joined = Routing(*(torch.cat([getattr(r, part) for r in routings[first:last]]) for part in _PARTS))
+                state = torch.cat(states[first:last])
+                captured = self.step(xs[first:last].flatten(0, 1), state, joined, tensors)
+                out += _split(captured, routings[first:last])
+        return out
+
+    def _steps_together(self, routings: list[Routing], state: Tensor) -> int:
+        """How many of the next steps are captured together: those of equal shapes, within bounded memory."""
+        if self.dense or not self._checked:
+            return 1  # dense rows cost the square of the batch, and which parameters need them shows at the first step
+        shapes = [[getattr(r, part).shape for part in _PARTS] for r in routings]
+        rows = routings[0].write.numel() * state.shape[2]
+        most = max(1, ROWS_TOGETHER // max(rows, 1))
+        return next((i for i, shape in enumerate(shapes[:most]) if shape != shapes[0]), min(most, len(shapes)))
 
     def _check_transition(self, x: Tensor, state: Tensor, routing: Routing) -> None:
         """Refuse a step that draws random numbers, or whose ``transition`` is not the first part of its ``update``."""
@@ -296,6 +336,22 @@ def _without_hooks(cell: SlotCell) -> Iterator[None]:
     finally:
         for module, name, parameter in swapped:
             module._parameters[name] = parameter
+
+
+def _split(captured: StepJacobian, routings: list[Routing]) -> list[StepJacobian]:
+    """Take apart steps that were captured as one batch."""
+    count = len(routings)
+
+    def parts(factors: Factors) -> list[Factors]:
+        zs = [[None] * count if term.z is None else term.z.chunk(count) for term in factors.terms]
+        return [
+            Factors(delta, tuple(replace(term, z=z[t]) for term, z in zip(factors.terms, zs, strict=True)))
+            for t, delta in enumerate(factors.delta.chunk(count))
+        ]
+
+    Jhs = captured.Jh.chunk(count)
+    every = zip(Jhs, routings, parts(captured.core), parts(captured.expert), strict=True)
+    return [StepJacobian(*step) for step in every]
 
 
 def _join(pieces: list[Piece], leading: tuple[int, ...], like: Tensor) -> Factors:

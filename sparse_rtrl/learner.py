@@ -154,20 +154,21 @@ class RTRL:
             engine.influence.commit_every = self.commit_every
             entry = _Entry(engine)
             state = EnterSegment.apply(entry, self._state, *tensors)
-            outputs, steps = [], []
+            outputs, entered, routings = [], [], []
             for number, x in enumerate(xs, engine.steps):
                 with torch.no_grad():
                     routing = engine.cell.route(x, state)
                 engine.check_routing(routing)
-                entered = state.detach()
+                entered.append(state.detach())
+                routings.append(routing)
                 h_write_new, output = engine.cell.update(
                     x, gather_slots(state, routing.read), gather_slots(state, routing.write), routing
                 )
                 self._check_update(h_write_new, output, routing)
-                steps.append(engine.step(x, entered, routing, tensors, number))
                 state = scatter_slots(state, routing.write, h_write_new.to(state.dtype))
                 check_finite(number, {"the new state": state})
                 outputs.append(output)
+            steps = engine.steps_of(xs, entered, routings, tensors, engine.steps)
         if len(engine.influence.window) >= self.commit_every:
             engine.influence.commit()
         entry.settle()

@@ -7,13 +7,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sparse_rtrl.chain_capture import ChainCapture
 from sparse_rtrl.estimate import MAX_WINDOW_STEPS, check_memory
-from sparse_rtrl.influence import Influence
+from sparse_rtrl.influence import Influence, check_finite
 from sparse_rtrl.jacobian import Factors, StepJacobian
 from sparse_rtrl.methods.past import Past, too_late
 from sparse_rtrl.parameter_uses import SegmentGraph
 from sparse_rtrl.parameters import ParameterGroups, RecurrentParameter
 from sparse_rtrl.slot_cell import Routing
+from sparse_rtrl.step_chain import StepChain
+
+COMMIT_SECONDS, PULL_BACK_SECONDS, FLOPS = 5e-4, 2e-5, 1e11
+"""What ``commit_every="auto"`` assumes of commits and of steps of a pull-back, beside arithmetic at that rate."""
 
 
 class Exact(Past):
@@ -26,6 +31,7 @@ class Exact(Past):
     name: ClassVar[str] = "exact"
     _groups: ParameterGroups | None = None
     _influence: Influence | None = None
+    _chain_capture: ChainCapture | None = None
     _window_steps = 0
 
     def _allocate(self, parameters: list[RecurrentParameter], end: Tensor) -> None:
@@ -37,25 +43,45 @@ class Exact(Past):
         if self._influence is not None:
             influence.adopt(self._influence)
             self._window_steps = 0
-        self._groups, self._influence = groups, influence
+        self._groups, self._influence, self._chain_capture = groups, influence, ChainCapture(groups)
 
     def _close(self, end: Tensor, entry: Tensor, graph: SegmentGraph) -> None:
         assert self._influence is not None
-        J, factors = self._jacobians(end, entry, graph)
-        steps = max((term.tau for term in factors.terms), default=1)
         if self._window_is_full(end.shape[1]):
             self._influence.commit()
             self._window_steps = 0
+        captured = self._captured(end, entry, graph)
+        self._influence.record([captured])
+        if isinstance(captured, StepChain):
+            self._window_steps += captured.count
+        else:
+            self._window_steps += max((term.tau for term in captured.core.terms), default=1)
+
+    def _captured(self, end: Tensor, entry: Tensor, graph: SegmentGraph) -> StepChain | StepJacobian:
+        """The Jacobians of the segment, step by step if it is a chain of simple steps, else as one map."""
+        assert self._chain_capture is not None
         none = torch.zeros(end.shape[0], 0, dtype=torch.int64, device=end.device)
         whole = torch.zeros(end.shape[0], 1, dtype=torch.int64, device=end.device)
-        empty = Factors(J.new_zeros(end.shape[0], 0, end.shape[1], 0), ())
-        self._influence.record([StepJacobian(J, Routing(none, whole, none), factors, empty)])
-        self._window_steps += steps
+        routing = Routing(none, whole, none)
+        chain = self._chain_capture.segment(end, entry, [p.tensor for p in self.parameters], routing)
+        if chain is not None:
+            total = chain.total().expand(len(end), 1)
+            check_finite(self.segments, {"the state": end, "a Jacobian of the segment": total})
+            return chain
+        J, factors = self._jacobians(end, entry, graph)
+        return StepJacobian(J, routing, factors, Factors(J.new_zeros(end.shape[0], 0, end.shape[1], 0), ()))
 
     def _window_is_full(self, hidden_size: int) -> bool:
         assert self._influence is not None
         if self.commit_every == "auto":
-            return self._window_steps >= min(hidden_size, MAX_WINDOW_STEPS)
+            batch, rows, columns = self._influence.core.shape
+            steps = max(self._window_steps, 1)
+            if steps >= min(hidden_size, MAX_WINDOW_STEPS):
+                return True
+            # A longer window shares the cost of a commit; in return every loss goes back through more of its steps.
+            segments = len(self._influence.window)
+            commit = COMMIT_SECONDS + 2.0 * batch * rows**2 * columns / FLOPS
+            return segments * steps >= 2.0 * commit / PULL_BACK_SECONDS
         return len(self._influence.window) >= int(self.commit_every)
 
     def gradients(self, index: int, u: Tensor) -> dict[str, Tensor]:
@@ -84,7 +110,7 @@ class Exact(Past):
         return 0 if core is None else core.numel() * core.element_size()
 
     def _forget(self) -> None:
-        self._groups = self._influence = None
+        self._groups = self._influence = self._chain_capture = None
         self._window_steps = 0
 
     def _save(self) -> Any:
