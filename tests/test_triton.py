@@ -1,0 +1,346 @@
+"""Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter.
+
+The error in a dtype is at most twice that of the reference in that dtype, plus a rounding unit. Influence matrices are
+cut out of a larger tensor full of NaN, and rows that are written but not read hold NaN too: what a kernel must not
+touch stays as it was, bit for bit, and what it must not read would show.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pattern_cell import pick
+
+from sparse_rtrl import reference
+from sparse_rtrl.errors import BackendError
+
+pytest.importorskip("triton")
+
+from sparse_rtrl import triton_kernels
+from sparse_rtrl.triton_kernels import launch, loss_row, segment_update, tiles
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels run on the GPU")),
+    pytest.param("cuda", marks=pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")),
+]
+on_devices = pytest.mark.parametrize("device", DEVICES)
+DTYPES = (torch.float32, torch.float64)
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
+
+
+def randn(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def to(value, dtype, device):
+    """Copies of arguments: floating-point tensors in another dtype, everything on a device."""
+    if isinstance(value, (list, tuple)):
+        return [to(v, dtype, device) for v in value]
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None, copy=True)
+    return value
+
+
+def guarded(P):
+    """A copy of influence matrices inside a larger tensor of NaN: the view, whose rows are not contiguous, and all."""
+    groups, rows, columns = P.shape
+    whole = torch.full((groups + 2, rows, columns + 16), torch.nan, dtype=P.dtype, device=P.device)
+    view = whole[1:-1, :, :columns]
+    view.copy_(P)
+    return view, whole
+
+
+def problem(
+    slots=5, size=3, kr=2, kw=2, batch=3, groups=6, columns=21, terms=((2, 2, 4), (1, 3, 1)), loss=True, seed=0
+):
+    """Arguments of ``influence_update_``; a term is ``(τ, m, j)``, and they overlap by one column."""
+    g = torch.Generator().manual_seed(seed)
+    write, read = pick(slots, kw, batch, g), pick(slots, kr, batch, g)
+    moved = torch.randperm(groups, generator=g)[: max(groups - 2, 1)]
+    w, r, count = kw * size, (kr + kw) * size, len(moved)
+    deltas = [randn(g, count, w, tau, m) for tau, m, _ in terms]
+    zs = [randn(g, count, tau, j) for tau, _, j in terms]
+    offsets, column = [], 1
+    for _, m, j in terms:
+        offsets.append(column)
+        column += m * j - 1
+    return [
+        randn(g, groups, slots * size + 1, columns),
+        randn(g, batch, w, r) / max(r, 1) ** 0.5,
+        write,
+        torch.cat((read, write), 1),
+        randn(g, batch, r) if loss else None,
+        torch.randint(batch, (count,), generator=g),
+        moved,
+        deltas,
+        zs,
+        offsets,
+    ]
+
+
+def errors(name, arguments, dtype, device, ours=None, **options):
+    """Relative error of a kernel and of the reference in the same dtype, and the matrices before and after.
+
+    The reference's own error in float64 is that in float32, times the ratio of the rounding units.
+    """
+    rounded = to(arguments, dtype, "cpu")
+    single = to(rounded, torch.float32, "cpu")
+    exact, own, own_exact = to(rounded, torch.float64, "cpu"), to(single, torch.float32, "cpu"), None
+    own_exact = to(single, torch.float64, "cpu")
+    for given in (exact, own, own_exact):
+        getattr(reference, name)(*given)
+    own_error = float((own[0].double() - own_exact[0]).norm() / own_exact[0].norm())
+    own_error *= torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    found = to(rounded, dtype, device)
+    found[0], whole = guarded(found[0])
+    before = whole.clone()
+    (ours or getattr(triton_kernels, name))(*found, **options)
+    error = float((found[0].cpu().double() - exact[0]).norm() / exact[0].norm())
+    return error, own_error, before, whole
+
+
+def assert_unchanged_outside(before, after, groups, rows_of_group):
+    """Bitwise equality of everything but some rows of some matrices, guard included."""
+    bits = BITS[before.dtype]
+    before, after = before.clone(), after.clone()
+    for group in groups:
+        rows = rows_of_group(group)
+        before[group + 1, rows, :-16] = after[group + 1, rows, :-16] = 0
+    assert torch.equal(before.view(bits), after.view(bits))
+
+
+def written_rows(arguments):
+    """Rows that an influence update may change, by group."""
+    P, Jh, write, support, u, streams, groups = arguments[:7]
+    size = Jh.shape[2] // support.shape[1] if support.shape[1] else 1
+    loss = [P.shape[1] - 1] if u is not None else []
+    return {
+        int(g): reference.slot_entries(write[b : b + 1], size)[0].tolist() + loss
+        for b, g in zip(streams.tolist(), groups.tolist(), strict=True)
+    }
+
+
+SHAPES = {
+    "small": {},
+    "no write": {"kw": 0},
+    "only write": {"kr": 0, "loss": False},
+    "all slots": {"kw": 5, "kr": 5, "batch": 2, "groups": 3},
+    "no terms": {"terms": ()},
+    "slot size 1": {"size": 1},
+    "wide": {"size": 17, "columns": 200, "groups": 3, "terms": ((3, 2, 70), (1, 8, 1), (2, 40, 1), (1, 1, 1))},
+    "many terms of tau": {"groups": 2, "columns": 100, "terms": ((19, 1, 70), (19, 3, 9))},
+    "w above a tile": {"size": 40, "kw": 4, "kr": 1, "batch": 1, "groups": 2, "columns": 70, "terms": ((2, 2, 30),)},
+}
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_influence_update(shape, dtype, device, monkeypatch):
+    def nan_scratch(*size, **options):
+        return torch.full(size, torch.nan, **options)
+
+    monkeypatch.setattr(segment_update, "torch", FakeTorch(nan_scratch))
+    monkeypatch.setattr(segment_update, "SCRATCH_BYTES", 160 * 64 * 8)  # one tile at a time
+    arguments = problem(**SHAPES[shape])
+    error, own, before, after = errors("influence_update_", arguments, dtype, device)
+    assert error <= 2 * own + torch.finfo(dtype).eps
+    rows = written_rows(arguments)
+    assert_unchanged_outside(before, after, arguments[6].tolist(), rows.__getitem__)
+
+
+class FakeTorch:
+    """The module with another ``empty``."""
+
+    def __init__(self, empty):
+        self.empty = empty
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@on_devices
+def test_comparison_can_fail(device):
+    """Each part of the update, left out, shows: the written part of the support, the factors, the loss row."""
+    arguments = problem()
+    exact = to(arguments, torch.float64, "cpu")
+    reference.influence_update_(*exact)
+    half = arguments[1].shape[2] // 2
+    without_write = arguments[1].clone()
+    without_write[:, :, half:] = 0
+    for index, wrong in ((1, without_write), (7, [d * 0 for d in arguments[7]]), (4, None), (5, arguments[5] * 0)):
+        found = to([*arguments[:index], wrong, *arguments[index + 1 :]], torch.float64, device)
+        triton_kernels.influence_update_(*found)
+        assert (found[0].cpu() - exact[0]).norm() > 1e-2 * exact[0].norm()
+
+
+@on_devices
+def test_rows_that_are_written_only_are_not_read(device):
+    arguments = problem(kr=0, kw=1, slots=3)
+    arguments[3] = (arguments[2] + 1) % 3  # the support is another slot than the written one
+    expected = to(arguments, torch.float64, "cpu")
+    reference.influence_update_(*expected)
+    for group, rows in written_rows(arguments).items():
+        arguments[0][group, rows[:-1]] = torch.nan
+    found = to(arguments, torch.float64, device)
+    triton_kernels.influence_update_(*found)
+    torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-13, atol=1e-13)
+
+
+@on_devices
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
+def test_precisions(precision, device):
+    """The interpreter multiplies exactly; on a GPU ``tf32x3`` stays near float32, and ``tf32`` is three digits."""
+    arguments = problem(size=16, columns=64, terms=((2, 2, 16),), groups=3)
+    error, own, _, _ = errors("influence_update_", arguments, torch.float32, device, precision=precision)
+    assert error <= (4 * own + 1e-7 if precision == "tf32x3" or launch.INTERPRETED else 2e-3)
+
+
+@on_devices
+def test_negative_groups_do_not_move(device):
+    arguments = to(problem(), torch.float64, device)
+    kept = arguments[0].clone()
+    full = to(arguments, torch.float64, device)
+    triton_kernels.influence_update_(*full)
+    group = int(arguments[6][1])
+    arguments[6][1] = -1
+    triton_kernels.influence_update_(*arguments)
+    assert torch.equal(arguments[0][group], kept[group])
+    others = [g for g in range(len(kept)) if g != group]
+    assert torch.equal(arguments[0][others], full[0][others]) and not torch.equal(full[0], arguments[0])
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 130])
+def test_loss_row(columns, dtype, device):
+    g = torch.Generator().manual_seed(1)
+    P, u, groups = randn(g, 5, 24, columns), randn(g, 3, 23), torch.tensor([4, 0, 2])
+    error, own, before, after = errors("loss_row_", [P, u, groups], dtype, device)
+    assert error <= 2 * own + torch.finfo(dtype).eps
+    assert_unchanged_outside(before, after, groups.tolist(), lambda group: [23])
+    owed_nothing = torch.tensor([4, -1, 2])  # a payment for all pairs, of which one is owed nothing
+
+    def masked(P, u, groups):
+        triton_kernels.loss_row_(P, u, owed_nothing.to(device))
+
+    error, _, before, after = errors("loss_row_", [P, u, groups], dtype, device, masked)
+    assert error > 1e-2
+    assert_unchanged_outside(before, after, [4, 2], lambda group: [23])
+
+
+@on_devices
+def test_loss_row_over_a_support(device):
+    g = torch.Generator().manual_seed(2)
+    support, streams, groups = torch.tensor([[2, 0, 2], [1, 1, 3]]), torch.tensor([1, 0, 1]), torch.tensor([0, 4, 3])
+    P, u = randn(g, 5, 4 * 3 + 1, 40), randn(g, 2, 9)
+    expected = P.clone()
+    for b, m in zip(streams.tolist(), groups.tolist(), strict=True):
+        for j, row in enumerate(reference.slot_entries(support[b : b + 1], 3)[0].tolist()):
+            expected[m, -1] += u[b, j] * P[m, row]
+    found = to([P, u, support, streams, groups], torch.float64, device)
+    loss_row.support_loss_row_(*found)
+    torch.testing.assert_close(found[0].cpu(), expected, rtol=1e-13, atol=1e-13)
+    assert not torch.equal(expected, P)
+
+
+@on_devices
+def test_large_offsets(device):
+    """Entries beyond 2**31: the tensor is mapped, not filled, so that only the pages in use cost memory."""
+    groups, rows, columns = 3, 33, 22_000_000
+    P = torch.empty(groups, rows, columns, dtype=torch.float32, device=device)
+    assert P.numel() > 2**31
+    part = P[2, :, -70:]  # one matrix, whose last columns lie beyond 2**31 entries
+    g = torch.Generator().manual_seed(3)
+    part.copy_(randn(g, rows, 70))
+    Jh, u = randn(g, 1, 16, 32), randn(g, 1, 32)
+    write, support = torch.tensor([[1]]), torch.tensor([[0, 1]])
+    stream, delta, z = torch.tensor([0]), randn(g, 1, 16, 1, 1), randn(g, 1, 1, 70)
+    few = [part.double().cpu()[None].clone(), Jh, write, support, u, stream, stream, [delta], [z], [0]]
+    expected = to(few, torch.float32, "cpu")
+    reference.influence_update_(*expected)
+    view = P[:, :, -70:]
+    found = to([*few[1:6], torch.tensor([2]), *few[7:]], torch.float32, device)
+    triton_kernels.influence_update_(view, *found)
+    torch.testing.assert_close(part.cpu(), expected[0][0], rtol=1e-5, atol=1e-5)
+
+
+@on_devices
+def test_non_contiguous_arguments(device):
+    """Factors may be views, as a captured step hands them out; columns of the influence must lie side by side."""
+    plain = to(problem(), torch.float64, device)
+    expected = to(plain, torch.float64, device)
+    triton_kernels.influence_update_(*expected)
+    Jh = plain[1].transpose(1, 2).contiguous().transpose(1, 2)
+    deltas = [torch.cat((d, d), 3)[..., : d.shape[3]] for d in plain[7]]
+    assert not Jh.is_contiguous() and not deltas[0].is_contiguous()
+    found = to(plain, torch.float64, device)[0]
+    triton_kernels.influence_update_(found, Jh, *plain[2:7], deltas, *plain[8:])
+    assert torch.equal(found, expected[0])
+    with pytest.raises(ValueError, match=r"P must have shape \(G, H \+ 1, N\) with columns of stride 1, got"):
+        triton_kernels.loss_row_(torch.zeros(1, 4, 5, device=device).transpose(1, 2), Jh, plain[6])
+
+
+@on_devices
+def test_wrong_arguments_are_refused(device):
+    arguments = to(problem(), torch.float32, device)
+    before = arguments[0].clone()
+    for index, wrong, error, message in (
+        (0, arguments[0].half(), TypeError, "P must be float32, float64 or bfloat16, got torch.float16"),
+        (1, arguments[1].double(), TypeError, "Jh must be torch.float32, got torch.float64"),
+        (2, arguments[2][:, :1], ValueError, r"write must have shape \(3, 2\), got \(3, 1\)"),
+        (3, arguments[3].int(), TypeError, "support must be torch.int64, got torch.int32"),
+        (4, arguments[4][:1], ValueError, r"loss_row must have shape \(3, 12\), got \(1, 12\)"),
+        (5, arguments[5][1:], ValueError, r"streams must have shape \(4,\), got \(3,\)"),
+        (7, arguments[7][:1], ValueError, "one entry per parameter, got 1, 2 and 2"),
+        (8, [arguments[8][0][:, :1], arguments[8][1]], ValueError, r"zs\[0\] must have shape \(4, 2, \*\)"),
+        (9, [1, 20], ValueError, r"offsets\[1\] must leave room for 3 columns in N = 21, got 20"),
+    ):
+        with pytest.raises(error, match=message):
+            triton_kernels.influence_update_(*arguments[:index], wrong, *arguments[index + 1 :])
+    with pytest.raises(ValueError, match=r"precision must be one of .* got 'fast'"):
+        triton_kernels.influence_update_(*arguments, precision="fast")
+    with pytest.raises(ValueError, match="seed must be an int64 tensor"):
+        triton_kernels.loss_row_(arguments[0].bfloat16(), arguments[1], arguments[6])
+    with pytest.raises(ValueError, match="Jh must have ks \\* D columns with D a divisor of H = 15, got 11"):
+        triton_kernels.influence_update_(arguments[0], arguments[1][..., :11], *arguments[2:])
+    assert torch.equal(arguments[0], before)
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(BackendError, match=r"are for CUDA tensors, got cpu: .* set TRITON_INTERPRET=1"):
+        triton_kernels.loss_row_(torch.zeros(1, 2, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
+
+
+def test_tile_table_covers_every_column_once():
+    layout = ((0, 3, 5, 2), (15, 40, 1, 1), (60, 1, 100, 4))
+    spans, entries = tiles._tile_table(layout, 7, 170, 32, torch.device("cpu"))
+    seen = torch.zeros(3, 170, dtype=torch.int64)
+    for tile, (first, last) in enumerate(zip(spans[:-1].tolist(), spans[1:].tolist(), strict=True)):
+        for offset, m, j, tau, _, _ in entries[first:last].tolist():
+            term = layout.index((offset, m, j, tau))
+            seen[term, max(offset, tile * 32) : min(offset + m * j, tile * 32 + 32)] += 1
+    for term, (offset, m, j, _) in enumerate(layout):
+        assert seen[term].sum() == m * j and (seen[term, offset : offset + m * j] == 1).all()
+
+
+def test_kernels_compile_ahead_of_time(tmp_path):
+    """For sm_80 and sm_90: no error, no spilled register, and matrix units wherever the precision allows them."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["capability"] for row in rows} == {80, 90}
+    products = ("influence_update_kernel", "segment_product_kernel")
+    for row in rows:
+        assert row["spilled"] == 0, row
+        if row["kernel"] in products:
+            units = {"ieee": ["f64"] if "float64" in row["name"] else []}.get(row["name"].split()[-1], ["tf32"])
+            assert row["matrix_units"] == units, row
