@@ -82,6 +82,17 @@ def update_arguments(w, dtype, columns=256, tau=2):
     ]
 
 
+def catch_up_arguments(hidden, w, dtype, capacity=4):
+    """Arguments of a catch-up with the update of the current step."""
+    P, Jh, write, support, u, streams, groups, deltas, zs, offsets = update_arguments(w, dtype)
+    D = 16
+    slots = torch.zeros(capacity, 1, w // D, dtype=torch.int64)
+    nodes = (slots, torch.cat((slots, slots), 2), Jh.expand(capacity, -1, -1, -1), u.expand(capacity, -1, -1))
+    count = torch.tensor(capacity)
+    ring = (*nodes, count, streams, groups, torch.zeros_like(groups), D)
+    return [P[:, : hidden + 1], *ring, Jh, write, support, u, deltas, zs, offsets]
+
+
 def launches():
     """Names and calls of what is shipped: every tile shape, every precision, every storage."""
     seed = torch.tensor(0)
@@ -98,6 +109,20 @@ def launches():
     for precision in ("ieee", "tf32x3"):
         arguments = update_arguments(64, torch.bfloat16)
         yield f"influence_update w=64 bfloat16 {precision}", lambda a=arguments, p=precision: update(*a, p, seed)
+    catch_up = triton_kernels.catch_up_update_
+    for hidden, w, dtype, precision in (
+        (128, 32, torch.float32, "ieee"),
+        (256, 64, torch.float32, "ieee"),
+        (256, 64, torch.float32, "tf32x3"),
+        (512, 128, torch.float32, "ieee"),
+        (512, 128, torch.float32, "tf32x3"),
+        (256, 64, torch.float64, "ieee"),
+        (256, 64, torch.bfloat16, "ieee"),
+    ):
+        a = catch_up_arguments(hidden, w, dtype)
+        key = seed if dtype == torch.bfloat16 else None
+        name = f"catch_up_update H={hidden} w={w} {str(dtype)[6:]} {precision}"
+        yield name, lambda a=a, p=precision, key=key: catch_up(*a, p, key)
     P, u, group = torch.empty(1, 65, 256), torch.empty(1, 64), torch.zeros(1, dtype=torch.int64)
     yield "loss_row float32 ieee", lambda: loss(P, u, group)
 

@@ -17,11 +17,12 @@ from pattern_cell import pick
 
 from sparse_rtrl import reference
 from sparse_rtrl.errors import BackendError
+from sparse_rtrl.tree import leaf
 
 pytest.importorskip("triton")
 
 from sparse_rtrl import triton_kernels
-from sparse_rtrl.triton_kernels import launch, loss_row, segment_update, tiles
+from sparse_rtrl.triton_kernels import catch_up, launch, loss_row, segment_update, tiles
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels run on the GPU")),
@@ -249,24 +250,136 @@ def test_loss_row_over_a_support(device):
 
 
 @on_devices
-def test_large_offsets(device):
-    """Entries beyond 2**31: the tensor is mapped, not filled, so that only the pages in use cost memory."""
-    groups, rows, columns = 3, 33, 22_000_000
-    P = torch.empty(groups, rows, columns, dtype=torch.float32, device=device)
-    assert P.numel() > 2**31
-    part = P[2, :, -70:]  # one matrix, whose last columns lie beyond 2**31 entries
+@pytest.mark.parametrize("strides", [(4000, 70_000_000), (2_200_000_000, 100)])
+def test_large_offsets(strides, device):
+    """Rows or matrices beyond 2**31 entries: the memory is mapped, not filled, so only the pages in use cost any."""
+    rows, columns = 33, 70
+    storage = torch.empty(2_245_000_000, dtype=torch.bfloat16, device=device)
+    P = storage.as_strided((2, rows, columns), (*strides, 1))
+    assert max(strides[0], 32 * strides[1]) > 2**31
     g = torch.Generator().manual_seed(3)
-    part.copy_(randn(g, rows, 70))
-    Jh, u = randn(g, 1, 16, 32), randn(g, 1, 32)
-    write, support = torch.tensor([[1]]), torch.tensor([[0, 1]])
-    stream, delta, z = torch.tensor([0]), randn(g, 1, 16, 1, 1), randn(g, 1, 1, 70)
-    few = [part.double().cpu()[None].clone(), Jh, write, support, u, stream, stream, [delta], [z], [0]]
-    expected = to(few, torch.float32, "cpu")
+    P.copy_(randn(g, 2, rows, columns))
+    seed = torch.tensor(0, device=device)
+    one, zero = torch.tensor([1]), torch.tensor([0])
+    map_ = [randn(g, 1, 16, 32) / 6, one[None], torch.tensor([[0, 1]]), randn(g, 1, 32), zero, one]
+    arguments = [P.float().cpu().contiguous(), *map_, [randn(g, 1, 16, 1, 1)], [randn(g, 1, 1, 70)], [0]]
+    expected = to(arguments, torch.float32, "cpu")
     reference.influence_update_(*expected)
-    view = P[:, :, -70:]
-    found = to([*few[1:6], torch.tensor([2]), *few[7:]], torch.float32, device)
-    triton_kernels.influence_update_(view, *found)
-    torch.testing.assert_close(part.cpu(), expected[0][0], rtol=1e-5, atol=1e-5)
+    triton_kernels.influence_update_(P, *to(arguments[1:], torch.float32, device), seed=seed)
+    torch.testing.assert_close(P.float().cpu().contiguous(), expected[0], rtol=2**-7, atol=1e-6)
+    u = randn(g, 2, 32).float()
+    expected = expected[0]
+    expected[...] = P.float().cpu().contiguous()
+    reference.loss_row_(expected, u, torch.tensor([0, 1]))
+    triton_kernels.loss_row_(P, u.to(device), torch.tensor([0, 1], device=device), seed)
+    torch.testing.assert_close(P.float().cpu().contiguous(), expected, rtol=2**-7, atol=1e-6)
+    ring = ring_problem(slots=2, size=16, capacity=2, batch=1, generator=g)
+    count, start = torch.tensor(2), torch.tensor([1])
+    expected[...] = P.float().cpu().contiguous()
+    node = [part[1].to(torch.float32 if part.is_floating_point() else None) for part in ring]
+    reference.influence_update_(expected, node[2], node[0], node[1], node[3], zero, one, [], [], [])
+    found = to([*ring, count, zero, one, start], torch.float32, device)
+    triton_kernels.catch_up_(P, *found, 16, seed=seed)
+    torch.testing.assert_close(P.float().cpu().contiguous(), expected, rtol=2**-7, atol=1e-6)
+
+
+def ring_problem(slots, size, capacity, batch, generator):
+    """Segments as the ring of a tree holds them: sorted slots, a repeated row is a copy, a repeated column zero."""
+    places = []
+    for _ in range(capacity):
+        kw, ks = torch.randint(1, slots + 1, (2,), generator=generator).tolist()
+        write, read = pick(slots, kw, batch, generator), pick(slots, ks, batch, generator)
+        r = (kw + ks) * size
+        Jh, u = randn(generator, batch, kw * size, r) / r**0.5, randn(generator, batch, r)
+        node = leaf(Jh, write, torch.cat((read, write), 1), u, slots, size)
+        places.append(reference.widen(node.rows, node.cols, node.blocks, node.loss_row, slots, slots, size))
+    return [torch.stack(part) for part in zip(*places, strict=True)]
+
+
+def replayed(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_size):
+    """What ``catch_up_`` does, in plain PyTorch."""
+    for t in range(int(starts.min()), int(count)):
+        moving, n = (starts <= t).nonzero().flatten(), t % len(rows)
+        reference.influence_update_(
+            P, blocks[n], rows[n], cols[n], loss_rows[n], streams[moving], groups[moving], [], [], []
+        )
+
+
+def catch_up_problem(slots=4, size=5, capacity=4, count=6, columns=21, seed=0):
+    """A ring that has wrapped, and gaps of none, some and all of it; a start behind the count moves nothing."""
+    g = torch.Generator().manual_seed(seed)
+    batch, groups = 3, 7
+    P = randn(g, groups, slots * size + 1, columns)
+    ring = ring_problem(slots, size, capacity, batch, g)
+    starts = torch.tensor([count, count - 1, count - capacity, count - 2, count + 3])
+    moved = torch.randperm(groups, generator=g)[: len(starts)]
+    return [P, *ring, torch.tensor(count), torch.randint(batch, (len(starts),), generator=g), moved, starts, size]
+
+
+CATCH_UPS = {
+    "small": {},
+    "odd": {"slots": 3, "size": 17, "columns": 37},
+    "slot size 1": {"slots": 9, "size": 1},
+    "too large for a column": {"slots": 2, "size": 5, "count": 5},
+}
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CATCH_UPS)
+def test_catch_up(shape, dtype, device, monkeypatch):
+    monkeypatch.setattr(reference, "catch_up_", replayed)
+    if "large" in shape:
+        monkeypatch.setattr(catch_up, "choose_column", lambda *sizes: None)
+    arguments = catch_up_problem(**CATCH_UPS[shape])
+    P, *_, groups, starts, _ = arguments
+    error, own, before, after = errors("catch_up_", arguments, dtype, device)
+    assert error <= 2 * own + torch.finfo(dtype).eps
+    moving = groups[starts < int(arguments[5])].tolist()
+    assert len(moving) == 3
+    assert_unchanged_outside(before, after, moving, lambda group: list(range(P.shape[1])))
+
+
+@on_devices
+def test_comparison_of_catch_ups_can_fail(device):
+    """A segment left out at the old or the new end, another stream, or no loss row: each shows."""
+    arguments = catch_up_problem()
+    exact = to(arguments, torch.float64, "cpu")
+    replayed(*exact)
+    for index, wrong in (
+        (8, arguments[8] + 1),
+        (5, arguments[5] - 1),
+        (6, (arguments[6] + 1) % 3),
+        (4, arguments[4] * 0),
+    ):
+        found = to([*arguments[:index], wrong, *arguments[index + 1 :]], torch.float64, device)
+        triton_kernels.catch_up_(*found)
+        assert (found[0].cpu() - exact[0]).norm() > 1e-2 * exact[0].norm()
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["small", "odd", "too large for a column", "no write", "no loss"])
+def test_catch_up_and_update(shape, dtype, device, monkeypatch):
+    """The segments, then the step that wakes the expert, in one pass."""
+    if "large" in shape:
+        monkeypatch.setattr(catch_up, "choose_column", lambda *sizes: None)
+    past = catch_up_problem(**CATCH_UPS.get(shape, {}))
+    size, slots, columns = past[-1], (past[0].shape[1] - 1) // past[-1], past[0].shape[2]
+    kw = 0 if shape == "no write" else 2
+    now = problem(slots, size, kw=kw, columns=columns, groups=7, terms=((2, 2, 4), (1, 3, 2)), loss=shape != "no loss")
+    now[0], now[5], now[6] = past[0], past[6], past[7]
+    both = [*past, *now[1:5], *now[7:]]
+
+    def in_sequence(P, *rest):
+        replayed(P, *rest[:9])
+        Jh, write, support, u, deltas, zs, offsets = rest[9:]
+        reference.influence_update_(P, Jh, write, support, u, rest[5], rest[6], deltas, zs, offsets)
+
+    monkeypatch.setattr(reference, "catch_up_update_", in_sequence, raising=False)
+    error, own, before, after = errors("catch_up_update_", both, dtype, device)
+    assert error <= 2 * own + torch.finfo(dtype).eps
+    assert_unchanged_outside(before, after, past[7].tolist(), lambda group: list(range(past[0].shape[1])))
 
 
 @on_devices

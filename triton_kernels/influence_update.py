@@ -35,7 +35,7 @@ def influence_update_kernel(
     spans_ptr,  # (tiles + 1,)
     entries_ptr,  # (*, 6)
     seed_ptr,  # ()
-    hidden,
+    loss_start,
     columns,
     w,
     r,
@@ -102,8 +102,35 @@ def influence_update_kernel(
     entry = group * stride_pg + rows[:, None] * stride_ph + offs_n[None, :]
     store_influence(P_ptr + entry, acc, mask_w[:, None] & mask_n[None, :], entry, seed)
     if HAS_LOSS:
-        entry = group * stride_pg + hidden * stride_ph + offs_n
+        entry = group * stride_pg + loss_start + offs_n
         store_influence(P_ptr + entry, load_influence(P_ptr + entry, mask_n) + gain, mask_n, entry, seed)
+
+
+def check_update(
+    Jh: Tensor,
+    write: Tensor,
+    support: Tensor,
+    loss_row: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    hidden: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+    """Contiguous versions of the map of an update, and its slot size, after checking their dtypes and shapes.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on a wrong shape or device.
+    """
+    Jh = launch.check("Jh", Jh, dtype, (None, None, None), device)
+    batch, w, r = Jh.shape
+    support = launch.check("support", support, torch.int64, (batch, None), device)
+    slot_size = launch.check_slot_size("Jh", Jh, support, hidden)
+    if w % slot_size:
+        raise ValueError(f"Jh must have kw * D rows with D = {slot_size}, got {w}")
+    write = launch.check("write", write, torch.int64, (batch, w // slot_size), device)
+    if loss_row is not None:
+        loss_row = launch.check("loss_row", loss_row, dtype, (batch, r), device)
+    return Jh, write, support, loss_row, slot_size
 
 
 def influence_update_(
@@ -149,17 +176,10 @@ def influence_update_(
     count = groups.numel()
     if count == 0 or support.numel() == 0 or columns == 0:
         return
-    Jh = launch.check("Jh", Jh, dtype, (None, None, None), device)
-    batch, w, r = Jh.shape
-    support = launch.check("support", support, torch.int64, (batch, None), device)
-    slot_size = launch.check_slot_size("Jh", Jh, support, hidden)
-    write = launch.check("write", write, torch.int64, (batch, w // slot_size), device)
-    if w % slot_size:
-        raise ValueError(f"Jh must have kw * D rows with D = {slot_size}, got {w}")
+    Jh, write, support, loss_row, slot_size = check_update(Jh, write, support, loss_row, dtype, device, hidden)
+    _, w, r = Jh.shape
     streams = launch.check("streams", streams, torch.int64, (count,), device)
     groups = launch.check("groups", groups, torch.int64, (count,), device)
-    if loss_row is not None:
-        loss_row = launch.check("loss_row", loss_row, dtype, (batch, r), device)
     if w > MAX_BLOCK_W:
         segment_update_(
             P, Jh, write, support, loss_row, streams, groups, deltas, zs, offsets, slot_size, precision, seed
@@ -184,7 +204,7 @@ def influence_update_(
             groups if terms is None else terms.spans,
             groups if terms is None else terms.entries,
             groups if seed is None else seed,
-            hidden,
+            hidden * P.stride(1),
             columns,
             w,
             r,

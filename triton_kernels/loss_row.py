@@ -21,7 +21,7 @@ def loss_row_kernel(
     streams_ptr,  # (M,), if there is a support
     groups_ptr,  # (M,)
     seed_ptr,  # ()
-    hidden,
+    loss_start,
     columns,
     r,
     slot_size,
@@ -54,7 +54,7 @@ def loss_row_kernel(
         entry = group * stride_pg + rows[:, None] * stride_ph + offs_n[None, :]
         p = load_influence(P_ptr + entry, mask_k[:, None] & mask_n[None, :])
         partial += tl.load(u_ptr + row * r + offs_k, mask=mask_k, other=0.0)[:, None] * p
-    entry = group * stride_pg + hidden * stride_ph + offs_n
+    entry = group * stride_pg + loss_start + offs_n
     total = load_influence(P_ptr + entry, mask_n) + tl.sum(partial, 0)
     store_influence(P_ptr + entry, total, mask_n, entry, tl.load(seed_ptr))
 
@@ -135,7 +135,7 @@ def _launch(
             groups if streams is None else streams,
             groups,
             groups if seed is None else seed,
-            P.shape[1] - 1,
+            (P.shape[1] - 1) * P.stride(1),
             columns,
             u.shape[1],
             slot_size,

@@ -68,6 +68,57 @@ def choose_segment_tile(dtype: torch.dtype, precision: str) -> Tile:
 
 
 @dataclass(frozen=True)
+class Column:
+    """Shape of the columns that catch up on chip; every shape that is shipped compiles without register spills.
+
+    Attributes:
+        BLOCK_H: state entries, all of them.
+        BLOCK_N: columns.
+        BLOCK_R: written rows of a segment.
+        BLOCK_W: written rows of the current step.
+        BLOCK_K: support rows that are multiplied at a time.
+        BLOCK_T: columns of the factors that are multiplied at a time.
+        BLOCK_S: written slots.
+        num_warps: warps of a program.
+    """
+
+    BLOCK_H: int
+    BLOCK_N: int
+    BLOCK_R: int
+    BLOCK_W: int
+    BLOCK_K: int
+    BLOCK_T: int
+    BLOCK_S: int
+    num_warps: int
+
+    def constants(self) -> dict[str, int]:
+        """The shape as the keyword arguments of a launch."""
+        return asdict(self)
+
+
+def choose_column(
+    hidden: int, node_w: int, w: int, slot_size: int, dtype: torch.dtype, precision: str
+) -> Column | None:
+    """Columns of ``P`` that fit on chip, or None if they are too long for that.
+
+    Args:
+        hidden: ``H``.
+        node_w: written rows of a segment.
+        w: written rows of the current step.
+        slot_size: ``D``.
+        dtype: of the arithmetic, float32 or float64.
+        precision: of the products.
+    """
+    block_h, block_r, block_w = (max(16, triton.next_power_of_2(n)) for n in (hidden, node_w, w))
+    room = 8192 if dtype == torch.float32 else 4096
+    block_n = min(32, room // block_h)
+    if block_n < 16 or max(block_r, block_w) > MAX_BLOCK_W:
+        return None
+    block_s = max(2, triton.next_power_of_2(max(node_w, w) // slot_size))
+    return Column(block_h, block_n, block_r, block_w, 16, 16, block_s, 8)
+
+
+@dataclass(frozen=True)
 class Terms:
     """Factors of the immediate Jacobians of all captured parameters, packed for one launch.
 
