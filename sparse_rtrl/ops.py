@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from sparse_rtrl import reference
+from sparse_rtrl import reference, triton_backend
 from sparse_rtrl.errors import BackendError
 
-Backend: TypeAlias = Literal["auto", "reference", "cpp"]
+Backend: TypeAlias = Literal["auto", "reference", "cpp", "triton"]
 COMPILED_DTYPES = (torch.float32, torch.float64)
 """What the compiled CPU operations are for; other dtypes run on the reference."""
 
@@ -121,6 +121,8 @@ def _load_compiled() -> str:
 compiled_problem = _load_compiled()
 """Why the compiled CPU operations are missing; empty if they are there."""
 
+triton_backend.register(_library, ("influence_update_", "loss_row_"))
+
 influence_update_ = torch.ops.sparse_rtrl.influence_update_
 loss_row_ = torch.ops.sparse_rtrl.loss_row_
 tree_merge = torch.ops.sparse_rtrl.tree_merge
@@ -129,21 +131,28 @@ catch_up_ = torch.ops.sparse_rtrl.catch_up_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
 
 
-def select(backend: Backend, device: torch.device, dtype: torch.dtype) -> Any:
+def select(
+    backend: Backend, device: torch.device, dtype: torch.dtype, precision: triton_backend.Precision = "ieee"
+) -> Any:
     """The operations of a backend, as a namespace with the names in ``NAMES``.
 
     Args:
         backend: ``"auto"`` takes what is built for the device and dtype, else the reference; ``"reference"`` is plain
-            PyTorch; ``"cpp"`` is the compiled CPU operations.
+            PyTorch; ``"cpp"`` is the compiled CPU operations; ``"triton"`` is the Triton kernels.
         device: of the tensors.
         dtype: of the influence.
+        precision: of the products of ``"triton"``; every other backend computes in the dtype itself.
 
     Raises:
-        ValueError: on another backend.
-        BackendError: if ``"cpp"`` is not there for the device and dtype, with the remedy.
+        ValueError: on another backend, or a precision that the backend does not have.
+        BackendError: if the backend is not there for the device and dtype, with the remedy.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend == "triton":
+        return triton_backend.select(device, dtype, precision, _DISPATCHED)
+    if precision != "ieee":
+        raise ValueError(f"precision must be 'ieee' for backend {backend!r}, got {precision!r}: use backend='triton'")
     if backend == "reference" or (backend == "auto" and device.type == "cpu" and dtype not in COMPILED_DTYPES):
         return reference
     if backend == "cpp":

@@ -23,7 +23,7 @@ from sparse_rtrl.triton_kernels import launch
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 MATRIX_UNITS = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync)\S+\.(tf32|f64)\b")
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int16: "*i16"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def compile_launch(capability, kernel, arguments, constants):
@@ -114,8 +114,8 @@ def launches():
         (128, 32, torch.float32, "ieee"),
         (256, 64, torch.float32, "ieee"),
         (256, 64, torch.float32, "tf32x3"),
-        (512, 128, torch.float32, "ieee"),
-        (512, 128, torch.float32, "tf32x3"),
+        (256, 128, torch.float32, "ieee"),
+        (64, 64, torch.float32, "tf32x3"),
         (256, 64, torch.float64, "ieee"),
         (256, 64, torch.bfloat16, "ieee"),
     ):

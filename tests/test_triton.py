@@ -15,7 +15,7 @@ import pytest
 import torch
 from pattern_cell import pick
 
-from sparse_rtrl import reference
+from sparse_rtrl import ops, reference, triton_backend
 from sparse_rtrl.errors import BackendError
 from sparse_rtrl.tree import leaf
 
@@ -422,6 +422,108 @@ def test_wrong_arguments_are_refused(device):
     with pytest.raises(ValueError, match="Jh must have ks \\* D columns with D a divisor of H = 15, got 11"):
         triton_kernels.influence_update_(arguments[0], arguments[1][..., :11], *arguments[2:])
     assert torch.equal(arguments[0], before)
+
+
+@on_devices
+def test_opcheck(device):
+    tests = ("test_schema", "test_faketensor")
+    operations = torch.ops.sparse_rtrl
+    update = to(problem(groups=3), torch.float32, device)
+    torch.library.opcheck(operations.triton_influence_update_.default, tuple(update), test_utils=tests)
+    P, u, seed = update[0].bfloat16(), update[0][: len(update[6]), -1, :15].contiguous(), update[6][0] * 0
+    torch.library.opcheck(operations.triton_loss_row_.default, (P, u, update[6], seed), test_utils=tests)
+    past = to(catch_up_problem(), torch.float32, device)
+    torch.library.opcheck(operations.triton_catch_up_.default, tuple(past), test_utils=tests)
+    now = to(problem(4, 5, groups=7), torch.float32, device)
+    both = (*past, *now[1:5], [], [], [])
+    torch.library.opcheck(operations.triton_catch_up_update_.default, both, {"precision": "tf32"}, test_utils=tests)
+
+
+@on_devices
+def test_compiled_by_torch(device):
+    """Nothing breaks the graph, and what is computed is the same, bit for bit."""
+    arguments = to(problem(groups=3), torch.float32, device)
+    expected = to(arguments, torch.float32, device)
+    triton_kernels.influence_update_(*expected)
+    u = arguments[0][: len(arguments[6]), -1, :15].contiguous()
+    triton_kernels.loss_row_(expected[0], u * 2, arguments[6])
+    operations = ops.select("triton", torch.device(device), torch.float32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(P, u, *rest):
+        operations.influence_update_(P, *rest)
+        operations.loss_row_(P, u * 2, rest[5])
+
+    before = arguments[0].clone()
+    step(arguments[0], u, *arguments[1:])
+    assert torch.equal(arguments[0], expected[0]) and not torch.equal(before, expected[0])
+
+
+@on_devices
+def test_runs_are_repeatable(device):
+    first, second = (to(problem(**SHAPES["wide"]), torch.float32, device) for _ in range(2))
+    for arguments in (first, second):
+        triton_kernels.influence_update_(*arguments)
+    assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")
+def test_no_host_synchronisation_and_graph_capture():
+    """A replayed CUDA graph of catch-up, update and loss row does what the calls do."""
+    past, now = (to(p, torch.float32, "cuda") for p in (catch_up_problem(), problem(4, 5, groups=7)))
+    u = torch.randn(len(past[7]), 20, device="cuda")
+    P = past[0]
+
+    def step():
+        triton_kernels.catch_up_update_(*past, *now[1:5], [], [], [])
+        triton_kernels.loss_row_(P, u, past[7])
+
+    start = P.clone()
+    step()  # compiles
+    expected = P.clone()
+    P.copy_(start)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    P.copy_(start)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(P, expected)
+
+
+def test_backend_is_refused_where_it_cannot_run(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(ValueError, match="precision must be one of"):
+        ops.select("triton", cuda, torch.float32, "fast")
+    with pytest.raises(ValueError, match="precision must be 'ieee' for backend 'auto', got 'tf32'"):
+        ops.select("auto", cpu, torch.float32, "tf32")
+    for dtype, precision in ((torch.float16, "ieee"), (torch.float64, "tf32x3")):
+        with pytest.raises(BackendError, match="is for float32, and float64 in precision 'ieee', got"):
+            ops.select("triton", cuda, dtype, precision)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="runs on CUDA tensors, the tensors are on cpu: .* set TRITON_INTERPRET=1"):
+        ops.select("triton", cpu, torch.float32)
+    monkeypatch.setattr(triton_backend, "installed", lambda: False)
+    with pytest.raises(BackendError, match=r"needs the package triton: install it with 'pip install sparse_rtrl\[tri"):
+        ops.select("triton", cuda, torch.float32)
+
+
+def test_package_imports_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import sparse_rtrl.environment as e; assert 'Triton' not in e.backends(), e.backends()\n"
+        "import torch; from sparse_rtrl import ops\n"
+        "ops.loss_row_(torch.ones(1, 3, 2), torch.ones(1, 2), torch.tensor([0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):

@@ -15,6 +15,9 @@ from sparse_rtrl.triton_kernels.launch import check
 MAX_BLOCK_W = 128
 """Written rows that one program can hold; beyond it the update goes through scratch."""
 
+MAX_BLOCK_H = 256
+"""State entries of a column that stays on chip while it catches up; beyond it segments pass one launch at a time."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -67,6 +70,14 @@ def choose_segment_tile(dtype: torch.dtype, precision: str) -> Tile:
     return Tile(128, 64, 32, 16, 8, 3)
 
 
+def max_registers(num_warps: int) -> int:
+    """Registers that each thread may have where one program runs on a multiprocessor at a time.
+
+    Said explicitly, it keeps the assembler from spilling in order to run more of them.
+    """
+    return min(255, 2**16 // (32 * num_warps))
+
+
 @dataclass(frozen=True)
 class Column:
     """Shape of the columns that catch up on chip; every shape that is shipped compiles without register spills.
@@ -80,6 +91,7 @@ class Column:
         BLOCK_T: columns of the factors that are multiplied at a time.
         BLOCK_S: written slots.
         num_warps: warps of a program.
+        maxnreg: registers of a thread, at most.
     """
 
     BLOCK_H: int
@@ -90,6 +102,7 @@ class Column:
     BLOCK_T: int
     BLOCK_S: int
     num_warps: int
+    maxnreg: int
 
     def constants(self) -> dict[str, int]:
         """The shape as the keyword arguments of a launch."""
@@ -110,12 +123,13 @@ def choose_column(
         precision: of the products.
     """
     block_h, block_r, block_w = (max(16, triton.next_power_of_2(n)) for n in (hidden, node_w, w))
-    room = 8192 if dtype == torch.float32 else 4096
-    block_n = min(32, room // block_h)
-    if block_n < 16 or max(block_r, block_w) > MAX_BLOCK_W:
+    if block_h > MAX_BLOCK_H or max(block_r, block_w) > MAX_BLOCK_W:
         return None
+    # The column stays in registers beside the products; the matrix units and float64 leave less room for it.
+    block_n = 16 if block_h == MAX_BLOCK_H and (precision != "ieee" or dtype == torch.float64) else 32
+    num_warps = 8
     block_s = max(2, triton.next_power_of_2(max(node_w, w) // slot_size))
-    return Column(block_h, block_n, block_r, block_w, 16, 16, block_s, 8)
+    return Column(block_h, block_n, block_r, block_w, 16, 16, block_s, num_warps, max_registers(num_warps))
 
 
 @dataclass(frozen=True)
