@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from sparse_rtrl import reference
+from sparse_rtrl import reference, triton_backend
 from sparse_rtrl.errors import BackendError
 
-Backend: TypeAlias = Literal["auto", "reference", "cpp", "cuda"]
+Backend: TypeAlias = Literal["auto", "reference", "cpp", "cuda", "triton"]
 COMPILED_DTYPES = (torch.float32, torch.float64)
 """What the compiled operations are for; other dtypes run on the reference."""
 COMPILED = {"cpp": ("cpu", "SPARSE_RTRL_CPP"), "cuda": ("cuda", "SPARSE_RTRL_CUDA")}
@@ -106,6 +106,8 @@ compiled_problem = _load_compiled("_cpu")
 cuda_problem = _load_compiled("_cuda")
 """Why the compiled CUDA operations are missing; empty if they are there."""
 
+triton_backend.register(_library, ("influence_update_", "loss_row_", "catch_up_"))
+
 influence_update_ = torch.ops.sparse_rtrl.influence_update_
 loss_row_ = torch.ops.sparse_rtrl.loss_row_
 tree_append_ = torch.ops.sparse_rtrl.tree_append_
@@ -114,22 +116,29 @@ catch_up_ = torch.ops.sparse_rtrl.catch_up_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
 
 
-def select(backend: Backend, device: torch.device, dtype: torch.dtype) -> Any:
+def select(
+    backend: Backend, device: torch.device, dtype: torch.dtype, precision: triton_backend.Precision = "ieee"
+) -> Any:
     """The operations of a backend, as a namespace with the names in ``NAMES``.
 
     Args:
         backend: ``"auto"`` takes what is built for the device and dtype, else the reference; ``"reference"`` is plain
             PyTorch; ``"cpp"`` is the compiled CPU operations; ``"cuda"`` the compiled CUDA operations: those of the
-            tree and ``catch_up_``, while all others run as with ``"auto"``.
+            tree and ``catch_up_``, while all others run as with ``"auto"``; ``"triton"`` is the Triton kernels.
         device: of the tensors.
         dtype: of the influence.
+        precision: of the products of ``"triton"``; every other backend computes in the dtype itself.
 
     Raises:
-        ValueError: on another backend.
-        BackendError: if ``"cpp"`` or ``"cuda"`` is not there for the device and dtype, with the remedy.
+        ValueError: on another backend, or a precision that the backend does not have.
+        BackendError: if the backend is not there for the device and dtype, with the remedy.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend == "triton":
+        return triton_backend.select(device, dtype, precision, _DISPATCHED)
+    if precision != "ieee":
+        raise ValueError(f"precision must be 'ieee' for backend {backend!r}, got {precision!r}: use backend='triton'")
     if backend == "reference" or (backend == "auto" and dtype not in COMPILED_DTYPES):
         return reference
     if backend in COMPILED:

@@ -13,7 +13,7 @@ ctest --test-dir "$build/cpp" --output-on-failure
 
 # A copy of the package with instrumented libraries beside its sources.
 mkdir -p "$build/python"
-cp -R "$root/sparse_rtrl" "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$build/python/"
+cp -RL "$root/sparse_rtrl" "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$build/python/"
 rm -f "$build"/python/sparse_rtrl/*.so
 (cd "$build/python" && SPARSE_RTRL_CPP=1 CFLAGS="$flags" LDFLAGS="$flags" "$python" setup.py -q build_ext --inplace)
 

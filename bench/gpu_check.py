@@ -1,0 +1,341 @@
+"""Everything that takes a GPU, in one command: ``python -m bench.gpu_check``, or ``make gpu-check``.
+
+Builds the compiled parts, runs the tests of the operations on the device, measures the roofs of the device (copy
+bandwidth, float32 and TF32 rates of large matrix products), then the kernels beside the plain PyTorch reference and
+``torch.compile`` of it, and writes ``bench/results/<gpu>-<date>.json`` and a plot. It needs torch, triton, nvcc and
+pytest, and no network; the plot needs matplotlib and is left out without it.
+
+A time is reported only for code whose result was compared with float64 in the same run. ``--dry-run`` goes through all
+of it on a CPU except the launches: the launchers run up to the launch, the reference then stands in for the kernel, and
+no times are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import importlib.util
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from sparse_rtrl import reference, triton_kernels
+from sparse_rtrl.triton_kernels import launch
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("tests/test_triton.py", "tests/test_ops.py", "tests/test_cuda.py")
+"""Files with tests that run on the device and need no further packages."""
+
+SHAPES = ((32, 64, 128, 8192), (8, 128, 256, 32768), (64, 32, 64, 4096), (1, 64, 128, 8192))
+"""``(B, w, r, N)`` of the influence update."""
+
+TAU = 1
+ERROR_BOUND = 4.0
+"""Error against float64 that a kernel may have, over that of the reference in float32."""
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """Hardware, versions and commit."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    nvcc = subprocess.run("nvcc --version | tail -1", shell=True, capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "driver": str(torch.version.cuda),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "nvcc": nvcc or "not found",
+        "commit": commit or "unknown",
+    }
+
+
+def median_seconds(function: Callable[[], None], repeats: int) -> float:
+    """Median time of a call on the GPU, each between two events, after two calls that do not count."""
+    for _ in range(2):
+        function()
+    times = []
+    for _ in range(repeats):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        function()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) / 1e3)
+    return statistics.median(times)
+
+
+def measure_roofs(device: torch.device, dry_run: bool) -> dict[str, float | None]:
+    """Bytes per second of a copy (reads and writes), and operations per second of large float32 products."""
+    entries, side = (2**10, 64) if dry_run else (2**28, 8192)
+    source = torch.randn(entries, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    product = torch.empty_like(a)
+    work = {"copy": 8.0 * entries, "ieee": 2.0 * side**3, "tf32": 2.0 * side**3}
+    roofs: dict[str, float | None] = {}
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    for name, amount in work.items():
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        call = (
+            functools.partial(target.copy_, source)
+            if name == "copy"
+            else functools.partial(torch.mm, a, b, out=product)
+        )
+        call()
+        if name == "copy" and not torch.equal(source, target):
+            raise RuntimeError("the copy whose bandwidth is measured went wrong")
+        roofs[name] = None if dry_run else amount / median_seconds(call, 20)
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    # Three products of TF32 numbers make one of float32 numbers.
+    roofs["tf32x3"] = None if roofs["tf32"] is None else roofs["tf32"] / 3
+    return roofs
+
+
+def make_update(batch: int, w: int, r: int, columns: int, device: torch.device) -> list[Any]:
+    """Arguments of an influence update with loss row and factors; repeated, it neither grows nor dies out fast."""
+    generator = torch.Generator().manual_seed(0)
+    slot_size = w // 2
+    num_slots = r // slot_size
+    slots = torch.stack([torch.randperm(num_slots, generator=generator) for _ in range(batch)])
+    every, m = torch.arange(batch), 32
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    arguments = [
+        torch.empty(0),
+        randn(batch, w, r) / r**0.5,
+        slots[:, :2].contiguous(),
+        slots,
+        randn(batch, r),
+        every,
+        every,
+        [randn(batch, w, TAU, m) / 8],
+        [randn(batch, TAU, columns // m)],
+        [0],
+    ]
+    moved = to(arguments, None, device)
+    moved[0] = torch.randn(batch, num_slots * slot_size + 1, columns, device=device)
+    return moved
+
+
+def to(value: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """Copies of arguments on a device, floating-point tensors in a dtype."""
+    if isinstance(value, list):
+        return [to(v, dtype, device) for v in value]
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None, copy=True)
+    return value
+
+
+def update_cost(batch: int, w: int, r: int, columns: int) -> tuple[float, float]:
+    """Bytes of influence that must move, and floating-point operations."""
+    return 4.0 * batch * columns * (r + w + 2), 2.0 * batch * columns * (r * (w + 1) + w * TAU)
+
+
+def ring_of(arguments: list[Any], capacity: int) -> list[Any]:
+    """A ring of segments that all are the map of an update, and starts with a gap of the whole ring."""
+    _, Jh, write, support, u, streams, groups = arguments[:7]
+    rows, order = write.sort(dim=1)
+    cols, col_order = support.sort(dim=1)
+    batch, kw, ks = len(Jh), write.shape[1], support.shape[1]
+    size = Jh.shape[2] // ks
+    blocks = Jh.view(batch, kw, size, ks, size)
+    blocks = blocks.gather(1, order.view(batch, kw, 1, 1, 1).expand_as(blocks))
+    blocks = blocks.gather(3, col_order.view(batch, 1, 1, ks, 1).expand_as(blocks)).reshape(Jh.shape)
+    u = u.view(batch, ks, size).gather(1, col_order.unsqueeze(-1).expand(-1, -1, size)).flatten(1)
+    ring = [part.unsqueeze(0).repeat(capacity, *[1] * part.dim()) for part in (rows, cols, blocks, u)]
+    count = torch.tensor(capacity, device=Jh.device)
+    return [*ring, count, streams, groups, torch.zeros_like(groups), size]
+
+
+def replay(P: torch.Tensor, rows: Any, cols: Any, blocks: Any, loss_rows: Any, count: Any, *rest: Any) -> None:
+    """The reference of a catch-up whose gap is the whole ring for every matrix."""
+    streams, groups = rest[:2]
+    for n in range(len(rows)):
+        reference.influence_update_(P, blocks[n], rows[n], cols[n], loss_rows[n], streams, groups, [], [], [])
+
+
+def cases(device: torch.device, dry_run: bool) -> Any:
+    """What is measured: name, shape, kernel, reference, arguments, bytes and operations."""
+    for shape in SHAPES:
+        batch, w, r, columns = (min(shape[0], 2), *shape[1:3], 128) if dry_run else shape
+        arguments = make_update(batch, w, r, columns, device)
+        cost = update_cost(batch, w, r, columns)
+        sizes = {"B": batch, "w": w, "r": r, "N": columns}
+        yield "influence_update_", sizes, triton_kernels.influence_update_, reference.influence_update_, arguments, cost
+    batch, w, r, columns = (1, 256, 512, 64) if dry_run else (4, 512, 1024, 16384)
+    arguments = make_update(batch, w, r, columns, device)
+    sizes = {"B": batch, "w": w, "r": r, "N": columns}
+    name, cost = "segment update", update_cost(batch, w, r, columns)
+    yield name, sizes, triton_kernels.influence_update_, reference.influence_update_, arguments, cost
+    batch, w, r, columns, gap = (1, 64, 128, 64, 3) if dry_run else (32, 64, 128, 8192, 16)
+    update = make_update(batch, w, r, columns, device)
+    hidden = update[0].shape[1] - 1
+    cost = (8.0 * batch * columns * (hidden + 1), gap * 2.0 * batch * columns * r * (w + 1))
+    sizes = {"B": batch, "w": w, "r": r, "N": columns, "H": hidden, "gap": gap}
+    yield "catch_up_", sizes, triton_kernels.catch_up_, replay, [update[0], *ring_of(update, gap)], cost
+    u = torch.randn(batch, hidden, device=device)
+    cost = (4.0 * batch * columns * (hidden + 2), 2.0 * batch * columns * hidden)
+    sizes = {"B": batch, "N": columns, "H": hidden}
+    yield "loss_row_", sizes, triton_kernels.loss_row_, reference.loss_row_, [update[0], u, update[6]], cost
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def measure(
+    case: tuple[Any, ...], precision: str, roofs: dict[str, float | None], repeats: int, dry_run: bool
+) -> dict[str, Any]:
+    """Check a kernel and its baselines against float64, then time those whose result is right."""
+    name, sizes, kernel, plain, arguments, (moved, operations) = case
+    P, rest = arguments[0], arguments[1:]
+    device = P.device
+    exact = to(arguments, torch.float64, device)
+    plain(*exact)
+    expected = exact[0]
+    options = {} if name == "loss_row_" else {"precision": precision}
+    compiled = torch.compile(plain, backend="eager" if dry_run else "inductor")
+
+    def ours(P: torch.Tensor, *rest: Any) -> None:
+        kernel(P, *rest, **options)
+        if dry_run:  # nothing was launched
+            plain(P, *rest)
+
+    contestants = {"kernel": ours, "reference": plain, "torch.compile": compiled}
+    errors, results = {}, {}
+    for label, function in contestants.items():
+        start = P.clone()
+        function(start, *rest)
+        errors[label] = relative_error(start, expected)
+        results[label] = start
+    again = P.clone()
+    ours(again, *rest)
+    # TF32 has 10 bits; that precision is measured, but never a candidate for the default.
+    bound = 2e-3 if precision == "tf32" else max(ERROR_BOUND * errors["reference"], torch.finfo(torch.float32).eps)
+    checked = {label: error <= bound for label, error in errors.items()}
+    checked["kernel"] &= torch.equal(again, results["kernel"])
+    times: dict[str, float | None] = dict.fromkeys(contestants)
+    for label, function in contestants.items():
+        if checked[label] and not dry_run:
+            work = P.clone()
+            times[label] = median_seconds(functools.partial(function, work, *rest), repeats)
+    rate, copy = roofs[precision], roofs["copy"]
+    roof = None if rate is None or copy is None else max(moved / copy, operations / rate)
+    took = times["kernel"]
+    return {
+        "name": name,
+        "shape": sizes,
+        "dtype": str(P.dtype).removeprefix("torch."),
+        "precision": precision,
+        "median_seconds": took,
+        "bytes": moved,
+        "flops": operations,
+        "fraction_of_roof": roof / took if roof is not None and took is not None else None,
+        "baseline_seconds": {label: times[label] for label in contestants if label != "kernel"},
+        "error_against_float64": errors,
+        "checked": checked,
+        "bitwise_repeatable": torch.equal(again, results["kernel"]),
+    }
+
+
+def run_command(command: list[str], planned_only: bool) -> int | None:
+    """Run a command in the repository, or only say which."""
+    print("+", " ".join(command), flush=True)
+    return None if planned_only else subprocess.run(command, cwd=ROOT).returncode
+
+
+def print_row(row: dict[str, Any]) -> None:
+    shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
+    text = f"{row['name']:18} {shape:36} {row['precision']:7} error {row['error_against_float64']['kernel']:.1e}"
+    if row["median_seconds"] is not None:
+        speedups = [
+            f"{seconds / row['median_seconds']:.2f} x {label}"
+            for label, seconds in row["baseline_seconds"].items()
+            if seconds is not None
+        ]
+        text += f" {row['median_seconds'] * 1e6:9.1f} us, {row['fraction_of_roof']:4.0%} of the roof; "
+        text += "faster than: " + ", ".join(speedups)
+    elif not all(row["checked"].values()):
+        text += f" not timed, the result was not right: {row['checked']}"
+    print(text, flush=True)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Fraction of the roof of every row as bars; False if matplotlib is not there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = [f"{r['name']} {tuple(r['shape'].values())} {r['precision']}" for r in rows]
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.3 * len(rows)), layout="constrained")
+    axes.barh(labels, [r["fraction_of_roof"] or 0.0 for r in rows])
+    axes.axvline(0.8, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlim=(0, 1.1), xlabel="fraction of the measured roof")
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the check; the exit status is 0 if the build, the tests and every comparison were right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="everything but the launches, on a CPU")
+    parser.add_argument("--out", type=Path, help="JSON file; the default names the GPU and the date")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--skip-tests", action="store_true", help="neither build nor run the tests")
+    options = parser.parse_args(arguments)
+    dry_run = options.dry_run
+    if not dry_run and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is available to torch: use --dry-run to go through the steps on a CPU")
+    if dry_run:
+        launch.run = lambda kernel, programs, arguments, **constants: None
+        launch.check_device = lambda P: None
+    device = torch.device("cpu" if dry_run else "cuda")
+    machine = describe_machine(device)
+    status: dict[str, int | None] = {}
+    if not options.skip_tests:
+        status["build"] = run_command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], dry_run)
+        found = [name for name in TESTS if (ROOT / name).exists()]
+        collect = ["--collect-only", "-qq"] if dry_run else []
+        status["tests"] = run_command([sys.executable, "-m", "pytest", *collect, *found], False)
+    roofs = measure_roofs(device, dry_run)
+    print("roofs:", {name: f"{value:.3g}" for name, value in roofs.items() if value is not None})
+    rows = []
+    for case in cases(device, dry_run):
+        for precision in launch.PRECISIONS if case[0] != "loss_row_" else ("ieee",):
+            rows.append(measure(case, precision, roofs, options.repeats, dry_run))
+            print_row(rows[-1])
+    date = datetime.date.today().isoformat()
+    gpu = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    out = options.out or ROOT / "bench" / "results" / f"{gpu}-{date}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine, "date": date, "dry_run": dry_run, "status": status, "roofs": roofs, "rows": rows}
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    picture = out.with_suffix(".png")
+    print(f"wrote {out}" + (f" and {picture}" if plot(rows, picture) else "; no plot, matplotlib is not installed"))
+    return int(any(status.values()) or not all(all(row["checked"].values()) for row in rows))
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    exit_status = main()
+    print(f"{time.perf_counter() - started:.0f} s")
+    sys.exit(exit_status)

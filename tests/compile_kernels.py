@@ -1,0 +1,151 @@
+"""Compiles every launch of the Triton kernels ahead of time, without a GPU: one JSON object per kernel on stdout.
+
+Run in a process without ``TRITON_INTERPRET``: ``python tests/compile_kernels.py``. The launchers run as they are, up to
+the launch, which is replaced by a compilation for sm_80 and sm_90; so what is compiled is what is shipped.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_rtrl import triton_kernels
+from sparse_rtrl.triton_kernels import launch
+
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+MATRIX_UNITS = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync)\S+\.(tf32|f64)\b")
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int16: "*i16"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def compile_launch(capability, kernel, arguments, constants):
+    """Compile a kernel for the types, alignments and constants that a launch would specialise it for."""
+    names = kernel.arg_names
+    signature, attributes, fixed = {}, {}, {}
+    for index, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif value == 1:
+            signature[name], fixed[name], aligned = "constexpr", 1, False
+        else:
+            signature[name], aligned = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    fixed |= constants
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, fixed, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def describe(compiled):
+    """Registers, stack (spills go there), shared memory and matrix instructions of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage).groups()
+    return {
+        "registers": int(registers),
+        "spilled": int(stack) + int(local),
+        "shared": compiled.metadata.shared,
+        "matrix_units": sorted(set(MATRIX_UNITS.findall(compiled.asm["ptx"]))),
+    }
+
+
+def update_arguments(w, dtype, columns=256, tau=2):
+    """Arguments of an influence update with all its parts; a bfloat16 influence has float32 factors."""
+    D, factors = 16, torch.float32 if dtype == torch.bfloat16 else dtype
+    kw = w // D
+    slots = torch.zeros(1, kw, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int64)
+    return [
+        torch.empty(1, 1024 + 1, columns, dtype=dtype),
+        torch.empty(1, w, 2 * w, dtype=factors),
+        slots,
+        torch.cat((slots, slots), 1),
+        torch.empty(1, 2 * w, dtype=factors),
+        one,
+        one,
+        [torch.empty(1, w, tau, 16, dtype=factors)],
+        [torch.empty(1, tau, 16, dtype=factors)],
+        [0],
+    ]
+
+
+def catch_up_arguments(hidden, w, dtype, capacity=4):
+    """Arguments of a catch-up with the update of the current step."""
+    P, Jh, write, support, u, streams, groups, deltas, zs, offsets = update_arguments(w, dtype)
+    D = 16
+    slots = torch.zeros(capacity, 1, w // D, dtype=torch.int64)
+    nodes = (slots, torch.cat((slots, slots), 2), Jh.expand(capacity, -1, -1, -1), u.expand(capacity, -1, -1))
+    count = torch.tensor(capacity)
+    ring = (*nodes, count, streams, groups, torch.zeros_like(groups), D)
+    return [P[:, : hidden + 1], *ring, Jh, write, support, u, deltas, zs, offsets]
+
+
+def launches():
+    """Names and calls of what is shipped: every tile shape, every precision, every storage."""
+    seed = torch.tensor(0)
+    update, loss = triton_kernels.influence_update_, triton_kernels.loss_row_
+    for w in (16, 32, 64, 128, 256):
+        for precision in launch.PRECISIONS:
+            if precision == "tf32" and w not in (64, 256):
+                continue
+            arguments = update_arguments(w, torch.float32)
+            yield f"influence_update w={w} float32 {precision}", lambda a=arguments, p=precision: update(*a, p)
+    for w in (64, 128, 256):
+        arguments = update_arguments(w, torch.float64)
+        yield f"influence_update w={w} float64 ieee", lambda a=arguments: update(*a)
+    for precision in ("ieee", "tf32x3"):
+        arguments = update_arguments(64, torch.bfloat16)
+        yield f"influence_update w=64 bfloat16 {precision}", lambda a=arguments, p=precision: update(*a, p, seed)
+    catch_up = triton_kernels.catch_up_update_
+    for hidden, w, dtype, precision in (
+        (128, 32, torch.float32, "ieee"),
+        (256, 64, torch.float32, "ieee"),
+        (256, 64, torch.float32, "tf32x3"),
+        (256, 128, torch.float32, "ieee"),
+        (64, 64, torch.float32, "tf32x3"),
+        (256, 64, torch.float64, "ieee"),
+        (256, 64, torch.bfloat16, "ieee"),
+    ):
+        a = catch_up_arguments(hidden, w, dtype)
+        key = seed if dtype == torch.bfloat16 else None
+        name = f"catch_up_update H={hidden} w={w} {str(dtype)[6:]} {precision}"
+        yield name, lambda a=a, p=precision, key=key: catch_up(*a, p, key)
+    P, u, group = torch.empty(1, 65, 256), torch.empty(1, 64), torch.zeros(1, dtype=torch.int64)
+    yield "loss_row float32 ieee", lambda: loss(P, u, group)
+
+
+def main():
+    current = {}
+
+    def compile_instead(kernel, programs, arguments, **constants):
+        for capability in (80, 90):
+            if capability == 80 and not current["both"]:
+                continue
+            row = {"name": current["name"], "kernel": kernel.fn.__name__, "capability": capability}
+            print(
+                json.dumps(row | describe(compile_launch(capability, kernel, arguments, dict(constants)))), flush=True
+            )
+
+    assert not launch.INTERPRETED, "unset TRITON_INTERPRET"
+    launch.run = compile_instead
+    launch.check_device = lambda P: None
+    for name, call in launches():
+        current.update(name=name, both=True)
+        call()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
