@@ -189,7 +189,7 @@ def test_plans():
     many = plan(num_slots=4, num_experts=256, flush_every=64, **sizes)
     assert not many.eager and many.product_from and many.buffer >= 64
     assert [row["path"] for row in many.table] == ["eager", "replay", "product", "auto"]
-    assert "merged product from a gap of" in str(many) and "microseconds" in str(many)
+    assert "merged from a gap of" in many.decision
     assert plan(num_slots=4, num_experts=2, flush_every=64, **sizes).eager
     assert plan(num_slots=4, num_experts=256, buffer=16, **sizes).buffer == 16
     assert plan(num_slots=4, num_experts=256, catch_up="replay", **sizes).product_from == 0

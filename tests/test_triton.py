@@ -506,7 +506,7 @@ def test_backend_is_refused_where_it_cannot_run(monkeypatch):
         with pytest.raises(BackendError, match="is for float32, and float64 in precision 'ieee', got"):
             ops.select("triton", cuda, dtype, precision)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(BackendError, match="runs on CUDA tensors, the tensors are on cpu: .* set TRITON_INTERPRET=1"):
+    with pytest.raises(BackendError, match=r"runs on CUDA tensors, the tensors are on cpu: .* set TRITON_INTERPRET=1"):
         ops.select("triton", cpu, torch.float32)
     monkeypatch.setattr(triton_backend, "installed", lambda: False)
     with pytest.raises(BackendError, match=r"needs the package triton: install it with 'pip install sparse_rtrl\[tri"):
