@@ -1,7 +1,7 @@
 """Cosine to the full gradient of truncated BPTT and of ``Carry``, over the segment length, on real text.
 
 ``python bench/truncation_bias.py --out bench/results/truncation_bias.json --plot bench/results/truncation_bias.png``.
-An Elman and a GRU cell predict the bytes of the standard library's source files; after some training, parameters are fixed
+An Elman and a GRU cell predict the bytes of the standard library; after some training, parameters are fixed
 and the gradient of the loss over a stretch of text is taken three ways: BPTT through all of it in float64 (the full
 gradient), truncated BPTT with segments of ``n`` steps, and ``Carry`` with the same segments in float32.
 """
