@@ -172,7 +172,7 @@ class ChainCapture:
             factors = _factors(name, nodes, batch, attributes)
             if name in ("AddmmBackward0", "MmBackward0"):
                 bias, x, weight = targets
-                z = _stacked([node._saved_mat1 if name == "AddmmBackward0" else node._saved_self for node in nodes], 1)
+                z = _stacked([node._saved_mat1 if name == "AddmmBackward0" else node._saved_self for node in nodes])
                 for rows, d in incoming.items():
                     send(bias, rows, d)
                     if isinstance(weight, tuple):
@@ -415,7 +415,7 @@ class _Reader:
 def _factors(name: str, nodes: list[GraphNode], batch: int, attributes: Hashable) -> list[Any]:
     """What an element-wise operation multiplies a gradient with, per operand; None for one."""
     if name in ("TanhBackward0", "SigmoidBackward0", "ReluBackward0"):
-        result = _stacked([node._saved_result for node in nodes], batch)
+        result = _stacked([node._saved_result for node in nodes])
         if name == "TanhBackward0":
             return [1.0 - result * result]
         return [(result > 0).to(result.dtype) if name == "ReluBackward0" else result * (1.0 - result)]
@@ -441,12 +441,13 @@ def _operand(nodes: list[GraphNode], saved: str, position: int, batch: int) -> A
         if any(value != values[0] for value in values):
             raise NotAChain
         return values[0]
-    if values[0].dim() == 2 and values[0].shape[0] == batch:
-        return _stacked(values, batch)
-    return _stacked([value.detach().expand(batch, *value.shape[-1:]) for value in values], batch)
+    if values[0].dim() > 2:
+        raise NotAChain
+    width = values[0].shape[-1] if values[0].dim() else 1
+    return _stacked([value.detach().expand(batch, width) for value in values])
 
 
-def _stacked(values: list[Any], batch: int) -> Tensor:
+def _stacked(values: list[Any]) -> Tensor:
     """Tensors ``(B, k)`` of alike steps as ``(n * B, k)``."""
     if any(not isinstance(value, Tensor) for value in values):
         return torch.empty(0)

@@ -561,7 +561,7 @@ def test_clipping_and_momentum_see_the_same_gradient_as_with_bptt():
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [1, 30, 10_000])
+@pytest.mark.parametrize("rows", [50, 10_000])
 def test_steps_of_an_unroll_are_captured_together_as_they_are_alone(rows, monkeypatch):
     x, c = inputs(11, 2), cotangents(11, 2)
     windows, calls = [], []
@@ -581,7 +581,7 @@ def test_steps_of_an_unroll_are_captured_together_as_they_are_alone(rows, monkey
         windows.append(learner._engine.influence.window)
         calls.append(count[0])
         assert worst_error(found, bptt(small_cell(), x, c)) <= 1e-12
-    assert calls == [11, {1: 11, 30: 6, 10_000: 2}[rows]]  # the first is captured alone
+    assert calls == [11, {50: 5, 10_000: 2}[rows]]  # 16 rows a step; the first is captured alone
     assert worst_error(found, bptt(small_cell(), x, c, truncate=4)) > 1e-2
     for alone, together in zip(*windows, strict=True):
         for mine, its in ((alone.core, together.core), (alone.expert, together.expert)):
@@ -600,7 +600,7 @@ def test_an_unroll_may_change_how_many_slots_a_step_writes():
             return Routing(routing.read, routing.write[:, : 2 if late else 1], routing.experts)
 
     torch.manual_seed(0)
-    cell = Widening(make_pattern("random", 8, 2), dense=False)
+    cell = Widening(make_pattern("random", 8, 2), dense=False).double()
     x, c = inputs(8, 2), cotangents(8, 2)
     expected = bptt(cell, x, c)
     assert worst_error(online(RTRL(cell, 2), x, c, segment=8), expected) <= 1e-12
