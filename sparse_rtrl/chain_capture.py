@@ -106,6 +106,8 @@ class ChainCapture:
                 first = last
         except NotAChain:
             return None
+        if not all(part.terms for part in parts):  # a step of the segment uses no parameter
+            return None
         chain = StepChain(tuple(parts), end.shape[0], end.shape[1], routing)
         if kind not in self._accepted:
             verdict = self._agrees(chain, end, entry, parameters)
@@ -119,8 +121,11 @@ class ChainCapture:
         generator = torch.Generator(device="cpu").manual_seed(0)
         c = torch.randn(end.shape, generator=generator, dtype=torch.float64).to(end)
         inputs = [entry, *parameters]
+        wanted = [i for i in inputs if i.requires_grad]
         with without_hooks(parameters):
-            truth = torch.autograd.grad(end, inputs, c, retain_graph=True, allow_unused=True)
+            seen = torch.autograd.grad(end, wanted, c, retain_graph=True, allow_unused=True)
+        by_input = {id(i): g for i, g in zip(wanted, seen, strict=True)}
+        truth = [by_input.get(id(i)) for i in inputs]
         core, v = pull_back([chain], c, self.groups)
         found = [v, *self.groups.split(core, core.new_zeros(0, 0))]
         expected = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, truth, strict=True)]
@@ -174,7 +179,7 @@ class ChainCapture:
             factors = _factors(name, nodes, batch, attributes)
             if name in ("AddmmBackward0", "MmBackward0"):
                 bias, x, weight = targets
-                z = _stacked([node._saved_mat1 if name == "AddmmBackward0" else node._saved_self for node in nodes], 1)
+                z = _stacked([node._saved_mat1 if name == "AddmmBackward0" else node._saved_self for node in nodes])
                 for rows, d in incoming.items():
                     send(bias, rows, d)
                     if isinstance(weight, tuple):
@@ -360,6 +365,8 @@ class _Reader:
                 widths = tuple(min(size, total - first) for first in range(0, total, size))
             sources = tuple(step.value(outputs[i]) if i in outputs else None for i in range(len(widths)))
             return name, sources, (below(0, total),), widths
+        if 0 not in outputs:
+            raise NotAChain
         sources = (step.value(outputs[0]),)
         if name in _POINTWISE:
             alpha = float(node._saved_alpha) if name == "RsubBackward1" else None
@@ -417,7 +424,7 @@ class _Reader:
 def _factors(name: str, nodes: list[GraphNode], batch: int, attributes: Hashable) -> list[Any]:
     """What an element-wise operation multiplies a gradient with, per operand; None for one."""
     if name in ("TanhBackward0", "SigmoidBackward0", "ReluBackward0"):
-        result = _stacked([node._saved_result for node in nodes], batch)
+        result = _stacked([node._saved_result for node in nodes])
         if name == "TanhBackward0":
             return [1.0 - result * result]
         return [(result > 0).to(result.dtype) if name == "ReluBackward0" else result * (1.0 - result)]
@@ -443,12 +450,13 @@ def _operand(nodes: list[GraphNode], saved: str, position: int, batch: int) -> A
         if any(value != values[0] for value in values):
             raise NotAChain
         return values[0]
-    if values[0].dim() == 2 and values[0].shape[0] == batch:
-        return _stacked(values, batch)
-    return _stacked([value.detach().expand(batch, *value.shape[-1:]) for value in values], batch)
+    if values[0].dim() > 2:
+        raise NotAChain
+    width = values[0].shape[-1] if values[0].dim() else 1
+    return _stacked([value.detach().expand(batch, width) for value in values])
 
 
-def _stacked(values: list[Any], batch: int) -> Tensor:
+def _stacked(values: list[Any]) -> Tensor:
     """Tensors ``(B, k)`` of alike steps as ``(n * B, k)``."""
     if any(not isinstance(value, Tensor) for value in values):
         return torch.empty(0)

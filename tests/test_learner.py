@@ -559,3 +559,48 @@ def test_clipping_and_momentum_see_the_same_gradient_as_with_bptt():
         ends.append([p.detach().clone() for p in cell.parameters()])
     for one, two in zip(*ends, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [50, 10_000])
+def test_steps_of_an_unroll_are_captured_together_as_they_are_alone(rows, monkeypatch):
+    x, c = inputs(11, 2), cotangents(11, 2)
+    windows, calls = [], []
+    for most in (1, rows):
+        monkeypatch.setattr("sparse_rtrl.jacobian.ROWS_TOGETHER", most)
+        learner = RTRL(small_cell(), 2, commit_every=16)
+        capture = learner._engine.capture
+        step = capture.step
+        count = [0]
+
+        def counted(*arguments, step=step, count=count):
+            count[0] += 1
+            return step(*arguments)
+
+        monkeypatch.setattr(capture, "step", counted)
+        found = online(learner, x, c, segment=11)
+        windows.append(learner._engine.influence.window)
+        calls.append(count[0])
+        assert worst_error(found, bptt(small_cell(), x, c)) <= 1e-12
+    assert calls == [11, {50: 5, 10_000: 2}[rows]]  # 16 rows a step; the first is captured alone
+    assert worst_error(found, bptt(small_cell(), x, c, truncate=4)) > 1e-2
+    for alone, together in zip(*windows, strict=True):
+        for mine, its in ((alone.core, together.core), (alone.expert, together.expert)):
+            assert float((mine.delta - its.delta).abs().max()) < 1e-14
+            for term, other in zip(mine.terms, its.terms, strict=True):
+                assert term.z is None or float((term.z - other.z).abs().max()) < 1e-14
+        assert float((alone.Jh - together.Jh).abs().max()) < 1e-14
+    assert float((windows[1][0].Jh - windows[1][1].Jh).abs().max()) > 1e-2
+
+
+def test_an_unroll_may_change_how_many_slots_a_step_writes():
+    class Widening(PatternCell):
+        def route(self, x, state):
+            routing = super().route(x, state)
+            late = float(x[0, -1]) >= 3
+            return Routing(routing.read, routing.write[:, : 2 if late else 1], routing.experts)
+
+    torch.manual_seed(0)
+    cell = Widening(make_pattern("random", 8, 2), dense=False).double()
+    x, c = inputs(8, 2), cotangents(8, 2)
+    expected = bptt(cell, x, c)
+    assert worst_error(online(RTRL(cell, 2), x, c, segment=8), expected) <= 1e-12

@@ -1,0 +1,28 @@
+"""The measuring scripts on tiny problems, so that they cannot rot."""
+
+import argparse
+import math
+
+import carry
+import truncation_bias
+
+
+def test_carry_against_the_textbook():
+    options = argparse.Namespace(segments=[1, 4], rounds=1, seconds=0.0)
+    rows = carry.measure("gru", 6, 2, options)
+    assert [(row["kind"], row["segment"]) for row in rows] == [
+        ("textbook", 1),
+        ("carry", 1),
+        ("tbptt", 1),
+        ("carry", 4),
+        ("tbptt", 4),
+    ]
+    assert all(0 < row["relative_error"] < 1e-4 for row in rows)
+
+
+def test_truncation_bias():
+    arguments = ["--cell", "elman", "--hidden", "6", "--batch", "2", "--train-bytes", "400", "--steps", "20"]
+    (result,) = truncation_bias.main([*arguments, "--lengths", "1", "4"])
+    assert math.isfinite(result["bits_per_byte"])
+    for row in result["rows"]:
+        assert row["carry_relative_error"] < 1e-5 < 1e-3 < row["tbptt_relative_error"]
