@@ -115,7 +115,11 @@ void catch_up(int64_t D) {
   for (int64_t i = 0; i < 15; ++i) {
     const std::vector<int64_t> cols = random_slots(S, 1 + i % S);
     const std::vector<int64_t> rows(cols.begin(), cols.begin() + std::min<int64_t>(2, (cols.size() + 1) / 2));
-    std::vector<T> Jh = random_numbers<T>(rows.size() * cols.size() * D * D), u = random_numbers<T>(cols.size() * D);
+    std::vector<T> Jh = random_numbers<T>(rows.size() * cols.size() * D * D), u(H, T{0});
+    for (const int64_t slot : cols) {
+      const std::vector<T> part = random_numbers<T>(D);
+      std::copy(part.begin(), part.end(), u.begin() + slot * D);
+    }
     for (T& x : Jh) x /= static_cast<T>(std::sqrt(static_cast<double>(cols.size() * D)));
     kernels<T>().tree_append({own.tree, &count, 0, Jh.data(), rows.data(), cols.data(), u.data(),
                               static_cast<int64_t>(rows.size()), static_cast<int64_t>(cols.size())},
