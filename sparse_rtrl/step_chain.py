@@ -26,7 +26,7 @@ from sparse_rtrl.slot_cell import Routing
 Rows: TypeAlias = tuple[tuple[int, int], ...]
 """State entries that the entries of a tensor reach, as consecutive runs (first entry, length)."""
 
-SCRATCH_BYTES = 4 * 2**20
+SCRATCH_BYTES = 16 * 2**20
 """About as much scratch takes one block of columns of a commit."""
 
 
