@@ -217,10 +217,11 @@ def _rounding(dtypes: set[torch.dtype], cuda: bool, graph: SegmentGraph) -> floa
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     if torch.float32 not in dtypes:
         return coarsest
-    products: Any = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul
-    convolutions: Any = torch.backends.cudnn.conv if cuda else torch.backends.mkldnn.conv
+    backends: Any = torch.backends  # torch has no types for what these modules hold
+    products = backends.cuda.matmul if cuda else backends.mkldnn.matmul
+    convolutions = backends.cudnn.conv if cuda else backends.mkldnn.conv
     used = [products, *([convolutions] if "ConvolutionBackward0" in graph.names else [])]
-    settings = [part.fp32_precision for part in (*used, torch.backends)]
+    settings = [part.fp32_precision for part in (*used, backends)]
     return max(coarsest, *({"tf32": 2.0**-10, "bf16": 2.0**-7}.get(setting, 0.0) for setting in settings))
 
 
