@@ -91,8 +91,9 @@ class GraphCapture:
         )
         layouts = self._layouts.get(signature)
         if layouts is None:
-            low = [delta.dtype for delta in found_deltas if delta is not None and delta.dtype != end.dtype]
-            layouts, certain = self._verified_layouts(end, entry, parameters, uses, deltas, J, cotangents, low)
+            dtypes = {end.dtype, *(delta.dtype for delta in found_deltas if delta is not None)}
+            tolerance = min(0.2, 50 * _rounding(dtypes, end.is_cuda, graph) ** 0.75)
+            layouts, certain = self._verified_layouts(end, entry, parameters, uses, deltas, J, cotangents, tolerance)
             if certain:
                 self._layouts[signature] = layouts
         dense += [number for number, layout in layouts.items() if layout is None]
@@ -126,7 +127,7 @@ class GraphCapture:
         deltas: list[Tensor | None],
         J: Tensor,
         cotangents: Tensor,
-        low_precision: list[torch.dtype],
+        tolerance: float,
     ) -> tuple[dict[int, Layout | None], bool]:
         """For each parameter the layout whose factors agree with an ordinary backward pass; None if there is none.
 
@@ -143,8 +144,6 @@ class GraphCapture:
         finite = all(bool(torch.isfinite(g).all()) for g in (through_state, *truth) if g is not None)
         if not finite:
             return dict.fromkeys(numbers, "outer"), False  # nothing to compare with; the caller refuses the segment
-        eps = max(torch.finfo(dtype).eps for dtype in (end.dtype, *low_precision))
-        tolerance = min(0.2, 50 * eps**0.75)
         self._check_streams(through_state, torch.einsum("bn,nbh->bh", c, J), tolerance)
         certain = batch == 1 or (through_state is not None and bool(through_state.any()))
         scale = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
@@ -211,6 +210,19 @@ class GraphCapture:
         if not terms:
             return Factors(like.new_zeros(batch, rows, 0), ())
         return Factors(torch.cat([factor.delta.flatten(-2) for _, factor in pieces], dim=-1), tuple(terms))
+
+
+def _rounding(dtypes: set[torch.dtype], cuda: bool, graph: SegmentGraph) -> float:
+    """Rounding unit of the arithmetic of a segment: that of its coarsest dtype, or of the float32 products allowed."""
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if torch.float32 not in dtypes:
+        return coarsest
+    backends: Any = torch.backends  # torch has no types for what these modules hold
+    products = backends.cuda.matmul if cuda else backends.mkldnn.matmul
+    convolutions = backends.cudnn.conv if cuda else backends.mkldnn.conv
+    used = [products, *([convolutions] if "ConvolutionBackward0" in graph.names else [])]
+    settings = [part.fp32_precision for part in (*used, backends)]
+    return max(coarsest, *({"tf32": 2.0**-10, "bf16": 2.0**-7}.get(setting, 0.0) for setting in settings))
 
 
 def _batched_grad(end: Tensor, inputs: list[Any], cotangents: Tensor, graph: SegmentGraph) -> list[Tensor | None]:

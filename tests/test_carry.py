@@ -97,9 +97,9 @@ BUILD = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    ("lengths", "commit_every"), [((1,), 1), ((3,), 1), ((16,), 1), ((1, 5, 2), 1), ((1,), 4), ((2,), "auto")]
+    ("lengths", "commit_every", "batch"),
+    [((1,), 1, 3), ((3,), 1, 1), ((16,), 1, 3), ((1, 5, 2), 1, 3), ((1,), 4, 1), ((2,), "auto", 3)],
 )
 @pytest.mark.parametrize("kind", BUILD)
 def test_equals_bptt(kind, lengths, commit_every, batch):

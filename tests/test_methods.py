@@ -174,15 +174,16 @@ def test_snap1_is_exact_once_everything_is_reached():
 
 
 def test_pattern_of_a_parameter_with_several_shapes_of_use():
-    """One weight, transposed and not, shared by two layers: the pattern is kept element by element."""
+    """A weight, transposed and not, shared by two layers, is kept element by element; a packed one by its rows."""
 
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w, self.u = nn.Parameter(torch.randn(H, H, **F64)), nn.Linear(4, H, **F64)
+            self.w, self.u = nn.Parameter(torch.randn(H, H, **F64)), nn.Parameter(torch.randn(2 * H, 4, **F64))
 
         def forward(self, x, h):
-            return torch.tanh(torch.tanh(h @ self.w.T + self.u(x)) @ self.w)
+            first, second = self.u.chunk(2)
+            return torch.tanh(torch.tanh(h @ self.w.T + x @ first.T) @ self.w + x @ second.T)
 
     torch.manual_seed(0)
     cell, (_, x, c) = Shared(), problem("elman")
