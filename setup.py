@@ -1,19 +1,25 @@
 """Build of the compiled parts, all optional; the metadata stands in pyproject.toml.
 
-CPU operations need a C++ compiler and torch at build time, the planner needs pybind11. Build with
-``pip install --no-build-isolation .`` so that both are seen. SPARSE_RTRL_CPP=1 makes their absence an error, 0 leaves
-them out.
+CPU operations need a C++ compiler and torch at build time, the planner needs pybind11. CUDA operations need a torch
+that was built for CUDA, and nvcc; no device is asked for. Build with ``pip install --no-build-isolation .`` so that
+they are seen. SPARSE_RTRL_CPP=1 makes the absence of the first two an error, SPARSE_RTRL_CUDA=1 that of the third; 0
+leaves them out. SPARSE_RTRL_CUDA_ARCH names the GPUs to compile for, by default "80 90": machine code for each, and PTX
+of the last one for newer GPUs.
 """
 
 import importlib.util
 import os
+import runpy
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11, the oldest version that is supported
 
 
@@ -28,20 +34,30 @@ def headers() -> list[str]:
     return [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inc", ".cuh")]
 
 
-def extensions() -> list[Extension]:
-    """What can be built here; a notice for what cannot."""
-    wanted = os.environ.get("SPARSE_RTRL_CPP", "auto")
+def choice(variable: str) -> str:
+    """An environment variable that is 0, 1 or auto."""
+    wanted = os.environ.get(variable, "auto")
     if wanted not in ("0", "1", "auto"):
-        raise SystemExit(f"SPARSE_RTRL_CPP must be 0, 1 or auto, got {wanted!r}")
-    if wanted == "0" or (wanted == "auto" and sys.platform not in ("linux", "darwin")):
-        return []
+        raise SystemExit(f"{variable} must be 0, 1 or auto, got {wanted!r}")
+    if wanted == "auto" and sys.platform not in ("linux", "darwin"):
+        return "0"
+    return wanted
+
+
+def torch_folder() -> Path | None:
+    """Where torch is installed; it is not imported."""
+    spec = importlib.util.find_spec("torch")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def cpu_extensions(wanted: str) -> list[Extension]:
+    """Operations for the CPU and the planner; a notice or an error for what cannot be built here."""
     out = []
     missing = []
-    torch_spec = importlib.util.find_spec("torch")
-    if torch_spec is None or torch_spec.origin is None:
+    torch_dir = torch_folder()
+    if torch_dir is None:
         missing.append("torch (build with --no-build-isolation in an environment that has it)")
     else:
-        torch_dir = Path(torch_spec.origin).parent
         out.append(
             Extension(
                 "sparse_rtrl._cpu",
@@ -79,4 +95,76 @@ def extensions() -> list[Extension]:
     return out
 
 
-setup(ext_modules=extensions())
+def find_nvcc() -> str | None:
+    """The CUDA compiler: on the PATH, or in CUDA_HOME or its usual place."""
+    for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if folder and (found := shutil.which("nvcc", path=str(Path(folder) / "bin"))):
+            return found
+    return shutil.which("nvcc")
+
+
+def cuda_extensions(wanted: str) -> list[Extension]:
+    """Operations for CUDA, if torch was built for it and nvcc is there; with ``wanted == "1"`` anything else raises."""
+    torch_dir, nvcc, missing = torch_folder(), find_nvcc(), []
+    if torch_dir is None:
+        missing.append("torch (build with --no-build-isolation in an environment that has it)")
+    elif runpy.run_path(str(torch_dir / "version.py")).get("cuda") is None:
+        missing.append(f"a torch that was built for CUDA (the one in {torch_dir} was built for the CPU)")
+    if nvcc is None:
+        missing.append("nvcc of the CUDA toolkit (on the PATH, or in the bin folder of CUDA_HOME)")
+    if missing:
+        if wanted == "1":
+            raise SystemExit(f"SPARSE_RTRL_CUDA=1, but the CUDA operations need {' and '.join(missing)}")
+        return []
+    assert torch_dir is not None and nvcc is not None
+    toolkit = Path(nvcc).resolve().parents[1]
+    return [
+        Extension(
+            "sparse_rtrl._cuda",
+            sources("cuda", "cuda_operations"),
+            depends=headers(),
+            include_dirs=[str(torch_dir / "include")],
+            library_dirs=[str(torch_dir / "lib"), str(toolkit / "lib64"), str(toolkit / "lib")],
+            # The runtime is linked statically: it must not depend on which one torch brought.
+            libraries=["torch_cpu", "torch_cuda", "cudart_static", "dl", "rt", "pthread"],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+            extra_compile_args=FLAGS,
+            optional=wanted == "auto",
+            language="c++",
+        )
+    ]
+
+
+def architecture_flags() -> list[str]:
+    """What nvcc compiles for."""
+    names = os.environ.get("SPARSE_RTRL_CUDA_ARCH", "80 90").split()
+    if not names or not all(name.rstrip("af").isdigit() for name in names):
+        raise SystemExit(f"SPARSE_RTRL_CUDA_ARCH must be a list such as '80 90', got {' '.join(names)!r}")
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
+class BuildExtensions(build_ext):
+    """Compiles ``.cu`` files with nvcc, and leaves the rest to setuptools."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension."""
+        for source in [s for s in ext.sources if s.endswith(".cu")]:
+            nvcc = find_nvcc()
+            assert nvcc is not None
+            target = Path(self.build_temp) / f"{source}.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn([nvcc, *NVCC_FLAGS, *architecture_flags(), "-c", source, "-o", str(target)])
+            ext.sources.remove(source)
+            ext.extra_objects.append(str(target))
+        super().build_extension(ext)
+
+
+def extensions() -> list[Extension]:
+    """What can be built here."""
+    cpu, cuda = choice("SPARSE_RTRL_CPP"), choice("SPARSE_RTRL_CUDA")
+    return [*(cpu_extensions(cpu) if cpu != "0" else []), *(cuda_extensions(cuda) if cuda != "0" else [])]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})

@@ -10,16 +10,14 @@ import sys
 import torch
 
 from sparse_rtrl import CircularTree
-from sparse_rtrl.tree import leaf
 
 
 def count(capacity: int) -> dict:
     tree = CircularTree(capacity, 1, 1, 1)
     Jh, slot = torch.full((1, 1, 1), 0.5), torch.zeros(1, 1, dtype=torch.int64)
-    node = leaf(Jh, slot, slot, None, 1, 1)
     most = 0
     for appended in range(2 * capacity + capacity // 2):
-        tree.append_node(node)
+        tree.append_segment(Jh, slot, slot, None)
         if appended % max(1, capacity // 16) == 0:
             before = tree.query_merges
             tree.suffix(max(0, tree.count - capacity + appended % 7))

@@ -9,23 +9,19 @@
 namespace sparse_rtrl {
 
 // One stream's map of the augmented state: the slots `rows` become `blocks` times the slots `cols`, all other slots
-// are copied, and the loss grows by `loss_row` times the slots `cols`. Slots are sorted; `rows` is a subset of `cols`.
-// A repeated row is a copy of the first of its value, and the blocks of a repeated column are zero.
+// are copied, and the loss grows by `loss_row` times the slots `cols`. Slots are sorted and distinct; `rows` is a subset
+// of `cols`.
 template <typename T>
 struct BlockSparseView {
   const int64_t* rows;  // (R,)
   const int64_t* cols;  // (C,)
-  const T* blocks;      // (R * D, C * D)
-  const T* loss_row;    // (C * D,), or null for no loss
+  const T* blocks;      // (R * D, C * D), rows `width` apart
+  const T* loss_row;    // (C * D,)
   int64_t num_rows;     // R
   int64_t num_cols;     // C
   int64_t slot_size;    // D
+  int64_t width;        // at least C * D
 };
-
-// Whether entry `i` of a sorted slot set is the first of its value.
-SPARSE_RTRL_HOST_DEVICE inline bool is_first(const int64_t* slots, int64_t i) {
-  return i == 0 || slots[i] != slots[i - 1];
-}
 
 // Slots of the union of two sets of k1 and k2, whatever they hold.
 SPARSE_RTRL_HOST_DEVICE inline int64_t union_size(int64_t k1, int64_t k2, int64_t num_slots) {

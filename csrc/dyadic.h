@@ -15,7 +15,7 @@
 
 namespace sparse_rtrl {
 
-constexpr int kMaxLevels = 48;
+constexpr int kMaxLevels = 32;  // of a tree
 
 struct NodeId {
   int level;
@@ -37,24 +37,15 @@ SPARSE_RTRL_HOST_DEVICE inline int completed_levels(int64_t count, int64_t first
   return level;
 }
 
-// Nodes that cover the segments `start ... count - 1`, oldest first; at most 2 * levels + 2 of them unless levels are
-// missing, when every node of the highest level counts. Returns their number and writes at most `limit` of them.
-SPARSE_RTRL_HOST_DEVICE inline int64_t cover(int64_t start, int64_t count, int levels, NodeId* nodes, int64_t limit) {
-  int64_t size = 0;
-  for (int64_t position = start; position < count; ++size) {
-    int level = 0;
-    while (level < levels && position % (int64_t{2} << level) == 0 && position + (int64_t{2} << level) <= count) {
-      ++level;
-    }
-    if (size < limit) nodes[size] = NodeId{level, position >> level};
-    position += int64_t{1} << level;
+// The largest node that begins with segment `position` and ends before segment `count`. A walk of such nodes from
+// `start` to `count` covers the segments `start ... count - 1`, oldest first, with at most 2 * levels + 2 of them unless
+// levels are missing, when every node of the highest level counts.
+SPARSE_RTRL_HOST_DEVICE inline NodeId covering_node(int64_t position, int64_t count, int levels) {
+  int level = 0;
+  while (level < levels && position % (int64_t{2} << level) == 0 && position + (int64_t{2} << level) <= count) {
+    ++level;
   }
-  return size;
-}
-
-// Place of a node in the ring of its level.
-SPARSE_RTRL_HOST_DEVICE inline int64_t ring_slot(NodeId node, int64_t capacity) {
-  return node.index % (capacity >> node.level);
+  return {level, position >> level};
 }
 
 // Merges per append of a classical segment tree, which refreshes every ancestor of the new leaf.

@@ -167,7 +167,7 @@ class Planner {
     out.buffer = std::max<int64_t>(1, in_.buffer);
     if (in_.num_experts == 0 || use_ >= 1.0) return out;
     const double room =
-        0.25 * in_.itemsize * (hidden() + 1.0) * in_.expert_columns * static_cast<double>(in_.num_experts);
+        0.5 * in_.itemsize * (hidden() + 1.0) * in_.expert_columns * static_cast<double>(in_.num_experts);
     Option best;
     for (const char* path : {"replay", "product", "auto"}) {
       Option found;

@@ -51,11 +51,12 @@ py::dict plan(int64_t num_slots, int64_t slot_size, int64_t read_slots, int64_t 
 }
 
 std::vector<std::pair<int, int64_t>> cover(int64_t start, int64_t count, int levels) {
-  std::vector<sparse_rtrl::NodeId> nodes(
-      static_cast<size_t>(sparse_rtrl::cover(start, count, levels, nullptr, int64_t{0})));
-  sparse_rtrl::cover(start, count, levels, nodes.data(), static_cast<int64_t>(nodes.size()));
   std::vector<std::pair<int, int64_t>> out;
-  for (const sparse_rtrl::NodeId& node : nodes) out.emplace_back(node.level, node.index);
+  for (int64_t position = start; position < count;) {
+    const sparse_rtrl::NodeId node = sparse_rtrl::covering_node(position, count, levels);
+    out.emplace_back(node.level, node.index);
+    position += int64_t{1} << node.level;
+  }
   return out;
 }
 

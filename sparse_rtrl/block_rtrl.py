@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_rtrl import ops
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.influence import check_finite
@@ -57,6 +58,7 @@ class BlockRTRL:
         H: state size ``S * D``.
         len_buffer: segments kept for sleeping experts.
         catch_up: how sleeping experts catch up, see :class:`~sparse_rtrl.RTRL`.
+        backend: what computes, see :class:`~sparse_rtrl.RTRL`.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class BlockRTRL:
         H: int,
         len_buffer: int = 64,
         catch_up: CatchUp = "auto",
+        backend: ops.Backend = "auto",
     ) -> None:
         for name, value in (("B", B), ("H", H), ("len_buffer", len_buffer)):
             if value < 1:
@@ -73,7 +76,7 @@ class BlockRTRL:
         self.state_params = dict(state_params)
         if not self.state_params:
             raise ValueError("state_params must name at least one recurrent parameter, got none")
-        self.B, self.H, self.len_buffer, self.catch_up = B, H, len_buffer, catch_up
+        self.B, self.H, self.len_buffer, self.catch_up, self.backend = B, H, len_buffer, catch_up, backend
         self._engine: Engine | None = None
         self._pending_state: dict[str, Any] | None = None
 
@@ -189,7 +192,7 @@ class BlockRTRL:
             raise ValueError("model must be the one of the steps before; build a new BlockRTRL for another model")
         if model.hidden_size != self.H:
             raise ValueError(f"H must be the model's num_slots * slot_size = {model.hidden_size}, got {self.H}")
-        engine = Engine(model, self.B, self.len_buffer, self.catch_up)
+        engine = Engine(model, self.B, self.len_buffer, self.catch_up, self.backend)
         carried = {id(tensor) for tensor in self.state_params.values()}
         missing = [
             p.name

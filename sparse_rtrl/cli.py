@@ -175,8 +175,8 @@ def train(
     batch_size: BatchSize = 16,
     updates: Updates = 400,
     segment: Segment = 8,
-    learning_rate: LearningRate = 1.5e-2,
-    final_learning_rate: FinalLearningRate = 1.5e-3,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = 1e-3,
     clip_norm: ClipNorm = 1.0,
     step_per_segment: StepPerSegment = False,
     seed: Seed = 0,
@@ -221,8 +221,8 @@ def compare_direct(
     batch_size: BatchSize = 16,
     updates: Updates = 400,
     segment: Segment = 8,
-    learning_rate: LearningRate = 1.5e-2,
-    final_learning_rate: FinalLearningRate = 1.5e-3,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = 1e-3,
     seed: Seed = 0,
     eval_sequences: EvalSequences = 1000,
     parallel: Parallel = 1,
@@ -295,8 +295,8 @@ def compare_trials(
     batch_size: BatchSize = 16,
     updates: Updates = 400,
     segment: Segment = 8,
-    learning_rate: LearningRate = 1.5e-2,
-    final_learning_rate: FinalLearningRate = 1.5e-3,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = 1e-3,
     seed: Seed = 0,
     eval_sequences: EvalSequences = 1000,
     evaluate_at: Annotated[
@@ -335,8 +335,8 @@ def demo(
     batch_size: BatchSize = 16,
     updates: Updates = 400,
     segment: Segment = 8,
-    learning_rate: LearningRate = 1.5e-2,
-    final_learning_rate: FinalLearningRate = 1.5e-3,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = 1e-3,
     seed: Seed = 0,
     eval_sequences: EvalSequences = 1000,
     time_budget: Annotated[
@@ -406,6 +406,42 @@ def check(
 
     if not check_gradient(config, length or [1, 2, 17, 64]):
         raise typer.Exit(code=1)
+
+
+@app.command(rich_help_panel="Inspect")
+def plan(
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 32,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 64,
+    top_k: TopK = 2,
+    read_slots: ReadSlots = 2,
+    write_slots: WriteSlots = 2,
+    batch_size: BatchSize = 1,
+    commit_every: Annotated[int, typer.Option(help="Steps between two influence updates.")] = 1,
+    flush_every: Annotated[float, typer.Option(help="Steps between two optimizer steps.")] = 64.0,
+    buffer: Annotated[
+        int | None, typer.Option(help="Segments kept for sleeping experts; the planner chooses if absent.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time this machine first, instead of the built-in rates.")
+    ] = False,
+) -> None:
+    """Show how sleeping experts would be kept, and what each way would cost.
+
+    Eager updating moves every expert at every influence update; lazy ways catch up when an expert wakes, by replaying
+    the missed segments or by one merged product. The planner takes the cheapest; nothing is trained.
+
+    **Examples**
+
+    - `sparse-rtrl plan` — 4 slots, 64 experts, an optimizer step every 64 steps
+    - `sparse-rtrl plan --flush-every 1` — stepping the optimizer at every token pays every expert at every token
+    - `sparse-rtrl plan --num-slots 64 --num-experts 256 --measure`
+    """
+    from sparse_rtrl.commands import show_plan
+
+    values = {**locals(), "task": TaskName.haystack, "segment": 1, "buffer": buffer or 1, "commit_every": commit_every}
+    show_plan(_config(values), flush_every, "auto" if buffer is None else buffer, measure)
 
 
 @app.command(rich_help_panel="Inspect")

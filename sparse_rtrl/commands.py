@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -18,6 +18,8 @@ from sparse_rtrl import contestant, experiments, plots, report, runlog
 from sparse_rtrl.contestant import RunConfig
 from sparse_rtrl.environment import compiled_parts, describe_environment
 from sparse_rtrl.gradient_check import GradientError, gradient_errors
+from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.plan import measured_rates, plan
 from sparse_rtrl.tasks import IGNORE, Batch
 from sparse_rtrl.training import train
 
@@ -235,6 +237,31 @@ def _random_batch(length: int, batch_size: int, generator: torch.Generator) -> B
     silent = torch.rand(length, batch_size, generator=generator) < 0.5
     silent[-1] = False
     return Batch(x, target.masked_fill(silent, IGNORE))
+
+
+def show_plan(config: RunConfig, flush_every: float, buffer: int | Literal["auto"], measure: bool) -> None:
+    """Print the planner's decision for a configuration, and its cost table."""
+    cell = contestant.build_method(replace(config, method="bptt")).model
+    groups = ParameterGroups.of_cell(cell)  # type: ignore[arg-type]
+    rates: dict[str, Any] = measured_rates() if measure else {}
+    decision = plan(
+        num_slots=config.num_slots,
+        slot_size=config.slot_size,
+        read_slots=config.read_slots,
+        write_slots=config.write_slots,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        expert_columns=groups.expert_columns,
+        batch_size=config.batch_size,
+        commit_every=config.commit_every if isinstance(config.commit_every, int) else 1,
+        flush_every=flush_every,
+        buffer=buffer,
+        **rates,
+    )
+    for name, rate in rates.items():
+        console.print(f"measured {name}: {rate:.3g} per second")
+    console.print(report.plan_table(decision))
+    console.print(decision.decision)
 
 
 def show_environment() -> None:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 import sparse_rtrl
+from sparse_rtrl import ops
 
 
 def _version(package: str) -> str:
@@ -39,10 +40,8 @@ def compiled_parts() -> list[str]:
 def backends() -> list[str]:
     """Backends that operations can use here; the reference is always there."""
     found = ["reference (plain PyTorch, any device)"]
-    # The planner is compiled too, but runs no operation.
-    for library, backend in (("_cuda.", "CUDA C++"), ("_cpu.", "C++ (CPU)")):
-        if any(name.startswith(library) for name in compiled_parts()):
-            found.append(backend)
+    for problem, backend in ((ops.cuda_problem, "CUDA C++"), (ops.compiled_problem, "C++ (CPU)")):
+        found.append(f"{backend}: no, {problem}" if problem else backend)
     if importlib.util.find_spec("sparse_rtrl.triton_kernels") and importlib.util.find_spec("triton"):
         found.append("Triton")
     return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.slot_cell import Routing, SlotCell
+from sparse_rtrl.tree import ring_bytes, ring_widths
 
 MAX_COMMIT_EVERY = 16
 """Longest window that ``commit_every="auto"`` chooses: captured steps cost memory and a pass per loss."""
@@ -116,7 +117,7 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
 
 
 def tree_bytes(cell: SlotCell, batch_size: int, routing: Routing, buffer: int, commit_every: int, item: int) -> int:
-    """Most bytes that a circular tree holds, ``min(S, 2^level k)`` blocks a side at each level.
+    """Most bytes that a circular tree takes, ``min(S, 2^level k)`` blocks a side at each level, see ``nbytes`` there.
 
     Args:
         cell: the cell.
@@ -127,12 +128,9 @@ def tree_bytes(cell: SlotCell, batch_size: int, routing: Routing, buffer: int, c
         item: bytes per number.
     """
     steps = 1 if commit_every == 1 else commit_every * batch_size
-    total = 0
-    for level in range(buffer.bit_length()):
-        rows = min(cell.num_slots, (steps * routing.write.shape[1]) << level)
-        cols = min(cell.num_slots, (steps * routing.support.shape[1]) << level)
-        total += (buffer >> level) * rows * cols
-    return total * item * batch_size * cell.slot_size**2
+    slots = (max(1, steps * routing.write.shape[1]), max(1, steps * routing.support.shape[1]))
+    widths = ring_widths(buffer.bit_length() - 1, buffer, cell.num_slots, *slots)
+    return ring_bytes(widths, batch_size, cell.slot_size, item)
 
 
 def choose_commit_every(cell: SlotCell, groups: ParameterGroups, routing: Routing) -> int:

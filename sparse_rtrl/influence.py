@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +17,7 @@ from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
 from sparse_rtrl.slot_cell import Routing
-from sparse_rtrl.tree import CircularTree, Node, leaf
+from sparse_rtrl.tree import CircularTree
 
 PLAN_FIELDS = ("eager", "buffer", "levels", "product_from")
 
@@ -186,14 +185,12 @@ class Influence:
             NonFiniteError: if ``u`` holds NaN or infinity, or the influence has overflowed.
         """
         check_finite(step, {"the gradient of the loss": u})
-        core = u.new_zeros(self.groups.core_columns)
-        experts = u.new_zeros(self.groups.num_experts, self.groups.expert_columns)
         v = u
+        direct: list[tuple[Tensor, Tensor]] = []
         for captured in reversed(self.window[:position]):
             rows = slot_entries(captured.routing.write, self.slot_size)
             written = v.gather(1, rows)
-            for total, part in zip((core, experts), direct_gradient(captured, written, self.groups), strict=True):
-                total += part
+            direct.append(direct_gradient(captured, written, self.groups))
             gain = torch.bmm(written.unsqueeze(1), captured.Jh).squeeze(1)
             support = slot_entries(captured.routing.support, self.slot_size)
             v = v.scatter(1, rows, 0.0).scatter_add_(1, support, gain)
@@ -202,11 +199,14 @@ class Influence:
         self._ops.loss_row_(self.core, v, every)
         awake = self.awake.nonzero()
         self._ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
-        core_row, expert_row = self._take_loss_rows(self.awake)
-        if not bool(torch.isfinite(core_row.sum() + expert_row.sum())):
+        core, experts = self._take_loss_rows(self.awake)
+        if not bool(torch.isfinite(core.sum() + experts.sum())):
             bad = ~torch.isfinite(self.core).flatten(1).all(1)
             raise NonFiniteError(step, bad.nonzero().flatten().tolist(), "the influence, which has overflowed")
-        return core + core_row, experts + expert_row
+        for core_part, expert_part in direct:
+            core += core_part
+            experts += expert_part
+        return core, experts
 
     @full_precision
     def flush(self) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ class Influence:
             idle = self.awake.flatten().index_fill(0, segment.expert.groups, False).view_as(self.awake).nonzero()
             self._apply(segment.Jh, segment.write, segment.support, None, idle)
         else:
-            self.tree.append_node(self._segment_node(segment.Jh, segment.write, segment.support))
+            self._append(self.tree, segment.Jh, segment.write, segment.support)
             self.influenced |= self.awake
             current = self.awake | ~self.influenced
             self.last_update[current] = self.commits + 1
@@ -456,18 +456,14 @@ class Influence:
         loss_rows.index_fill_(0, rows, 0.0)
         return core, taken
 
-    def _segment_node(self, Jh: Tensor, write: Tensor, support: Tensor) -> Node:
-        """The tree's leaf of the current window, with its loss row."""
-        node = leaf(Jh, write, support, None, self.num_slots, self.slot_size)
+    def _append(self, tree: CircularTree, Jh: Tensor, write: Tensor, support: Tensor) -> None:
+        """Append the current window to the tree, with its loss row."""
         outside = self.window_loss_row.scatter(1, slot_entries(support, self.slot_size), 0.0)
-        if bool(outside.any()):  # a loss on copied slots of the new state: the leaf covers every slot
+        if bool(outside.any()):  # a loss on copied slots of the new state: the support covers every slot
             every = torch.arange(self.num_slots, device=write.device).expand(self.batch_size, -1)
-            node = node.embed(node.rows, every)
-        entries = slot_entries(node.cols, self.slot_size)
-        first = torch.ones_like(node.cols, dtype=torch.bool)
-        first[:, 1:] = node.cols[:, 1:] != node.cols[:, :-1]
-        u = self.window_loss_row.gather(1, entries) * first.repeat_interleave(self.slot_size, 1)
-        return replace(node, loss_row=u)
+            support = torch.cat((support, every), 1)
+            Jh = torch.cat((Jh, Jh.new_zeros(*Jh.shape[:2], outside.shape[1])), 2)
+        tree.append_segment(Jh, write, support, self.window_loss_row)
 
 
 def check_finite(step: int, values: dict[str, Tensor]) -> None:

@@ -67,7 +67,7 @@ class RTRL:
             steps cost less per step and need the captured factors of that many steps. ``"auto"`` takes the cheapest by
             the cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
         catch_up: how sleeping experts catch up: ``"auto"``, ``"eager"``, ``"replay"`` or ``"product"``.
-        backend: what computes the influence: ``"auto"`` (compiled where it was built), ``"reference"`` or ``"cpp"``.
+        backend: what computes the influence: see :func:`sparse_rtrl.ops.select`.
 
     Raises:
         ContractError: if the cell couples the rows of a batch or draws random numbers.

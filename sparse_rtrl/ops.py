@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
 
 from sparse_rtrl import reference, triton_backend
 from sparse_rtrl.errors import BackendError
 
-Backend: TypeAlias = Literal["auto", "reference", "cpp", "triton"]
+Backend: TypeAlias = Literal["auto", "reference", "cpp", "cuda", "triton"]
 COMPILED_DTYPES = (torch.float32, torch.float64)
-"""What the compiled CPU operations are for; other dtypes run on the reference."""
+"""What the compiled operations are for; other dtypes run on the reference."""
+COMPILED = {"cpp": ("cpu", "SPARSE_RTRL_CPP"), "cuda": ("cuda", "SPARSE_RTRL_CUDA")}
+"""Device of each compiled backend, and the environment variable that makes its build a must."""
 
 _library = torch.library.Library("sparse_rtrl", "DEF")
 
@@ -27,25 +28,36 @@ _library.define(
 )
 _library.define("loss_row_(Tensor(a!) P, Tensor u, Tensor groups) -> ()")
 _library.define(
-    "tree_merge(Tensor newer_rows, Tensor newer_cols, Tensor newer_blocks, Tensor newer_loss_row, Tensor older_rows,"
-    " Tensor older_cols, Tensor older_blocks, Tensor older_loss_row, int num_slots, int slot_size)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-_library.define(
-    "suffix_product(Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor streams, Tensor paths,"
-    " int num_rows, int num_cols, int num_slots, int slot_size) -> (Tensor, Tensor, Tensor, Tensor)"
+    "tree_append_(Tensor(a!)[] rows, Tensor(b!)[] cols, Tensor(c!)[] blocks, Tensor(d!)[] loss_rows, Tensor(e!) count,"
+    " Tensor Jh, Tensor write, Tensor support, Tensor? loss_row, int first, int num_slots, int slot_size) -> ()"
 )
 _library.define(
-    "catch_up_(Tensor(a!) P, Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor streams,"
-    " Tensor groups, Tensor first, int slot_size) -> ()"
+    "suffix_product(Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor count, Tensor streams,"
+    " Tensor starts, int num_rows, int num_cols, int num_slots, int slot_size) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "suffix_loss_rows(Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor starts,"
+    "catch_up_(Tensor(a!) P, Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor streams,"
+    " Tensor groups, Tensor starts, int slot_size) -> ()"
+)
+_library.define(
+    "catch_up_update_(Tensor(a!) P, Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count,"
+    " Tensor streams, Tensor groups, Tensor starts, int slot_size, Tensor Jh, Tensor write, Tensor support,"
+    " Tensor? loss_row, Tensor[] deltas, Tensor[] zs, int[] offsets) -> ()"
+)
+_library.define(
+    "suffix_loss_rows(Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor starts,"
     " Tensor newest, int slot_size) -> Tensor"
 )
 
-NAMES = ("influence_update_", "loss_row_", "tree_merge", "suffix_product", "catch_up_", "suffix_loss_rows")
+NAMES = (
+    "influence_update_",
+    "loss_row_",
+    "tree_append_",
+    "suffix_product",
+    "catch_up_",
+    "catch_up_update_",
+    "suffix_loss_rows",
+)
 
 for _name in NAMES:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -61,54 +73,43 @@ def _(P, u, groups):
     return None
 
 
-@torch.library.register_fake("sparse_rtrl::tree_merge", lib=_library)
-def _(
-    newer_rows: Tensor,
-    newer_cols: Tensor,
-    newer_blocks: Tensor,
-    newer_loss_row: Tensor,
-    older_rows: Tensor,
-    older_cols: Tensor,
-    older_blocks: Tensor,
-    older_loss_row: Tensor,
-    num_slots: int,
-    slot_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = newer_rows.shape[0]
-    num_rows = min(num_slots, newer_rows.shape[1] + older_rows.shape[1])
-    num_cols = min(num_slots, newer_cols.shape[1] + older_cols.shape[1])
-    return (
-        newer_rows.new_empty(batch, num_rows),
-        newer_cols.new_empty(batch, num_cols),
-        newer_blocks.new_empty(batch, num_rows * slot_size, num_cols * slot_size),
-        newer_loss_row.new_empty(batch, num_cols * slot_size),
-    )
+@torch.library.register_fake("sparse_rtrl::tree_append_", lib=_library)
+def _(rows, cols, blocks, loss_rows, count, Jh, write, support, loss_row, first, num_slots, slot_size):
+    return None
 
 
 @torch.library.register_fake("sparse_rtrl::suffix_product", lib=_library)
-def _(rows, cols, blocks, loss_rows, streams, paths, num_rows, num_cols, num_slots, slot_size):
-    count = streams.shape[0]
+def _(rows, cols, blocks, loss_rows, count, streams, starts, num_rows, num_cols, num_slots, slot_size):
+    products = streams.shape[0]
     return (
-        streams.new_empty(count, num_rows),
-        streams.new_empty(count, num_cols),
-        blocks[0].new_empty(count, num_rows * slot_size, num_cols * slot_size),
-        blocks[0].new_empty(count, num_cols * slot_size),
+        streams.new_empty(products, num_rows),
+        streams.new_empty(products, num_cols),
+        blocks[0].new_empty(products, num_rows * slot_size, num_cols * slot_size),
+        blocks[0].new_empty(products, num_cols * slot_size),
     )
 
 
 @torch.library.register_fake("sparse_rtrl::catch_up_", lib=_library)
-def _(P, rows, cols, blocks, loss_rows, streams, groups, first, slot_size):
+def _(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_size):
+    return None
+
+
+@torch.library.register_fake("sparse_rtrl::catch_up_update_", lib=_library)
+def _(P, *arguments):
     return None
 
 
 @torch.library.register_fake("sparse_rtrl::suffix_loss_rows", lib=_library)
-def _(rows, cols, blocks, loss_rows, starts, newest, slot_size):
+def _(rows, cols, blocks, loss_rows, count, starts, newest, slot_size):
     return newest.new_empty(*starts.shape, newest.shape[1])
 
 
-def _load_compiled() -> str:
-    """Load the compiled CPU operations if they were built; returns why they are not there, or nothing."""
-    found = sorted(Path(__file__).parent.glob("_cpu.*.so")) + sorted(Path(__file__).parent.glob("_cpu.*.pyd"))
+def _load_compiled(library: str) -> str:
+    """Load compiled operations if they were built; returns why they are not there, or nothing."""
+    folder = Path(__file__).parent
+    if library == "_cuda" and torch.version.cuda is None:
+        return "this torch was built for the CPU"
+    found = sorted(folder.glob(f"{library}.*.so")) + sorted(folder.glob(f"{library}.*.pyd"))
     if not found:
         return "they were not built"
     try:
@@ -118,16 +119,19 @@ def _load_compiled() -> str:
     return ""
 
 
-compiled_problem = _load_compiled()
+compiled_problem = _load_compiled("_cpu")
 """Why the compiled CPU operations are missing; empty if they are there."""
+cuda_problem = _load_compiled("_cuda")
+"""Why the compiled CUDA operations are missing; empty if they are there."""
 
-triton_backend.register(_library, ("influence_update_", "loss_row_"))
+triton_backend.register(_library, ("influence_update_", "loss_row_", "catch_up_", "catch_up_update_"))
 
 influence_update_ = torch.ops.sparse_rtrl.influence_update_
 loss_row_ = torch.ops.sparse_rtrl.loss_row_
-tree_merge = torch.ops.sparse_rtrl.tree_merge
+tree_append_ = torch.ops.sparse_rtrl.tree_append_
 suffix_product = torch.ops.sparse_rtrl.suffix_product
 catch_up_ = torch.ops.sparse_rtrl.catch_up_
+catch_up_update_ = torch.ops.sparse_rtrl.catch_up_update_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
 
 
@@ -138,7 +142,9 @@ def select(
 
     Args:
         backend: ``"auto"`` takes what is built for the device and dtype, else the reference; ``"reference"`` is plain
-            PyTorch; ``"cpp"`` is the compiled CPU operations; ``"triton"`` is the Triton kernels.
+            PyTorch; ``"cpp"`` is the compiled CPU operations; ``"cuda"`` the compiled CUDA operations: those of the
+            tree and ``catch_up_``, while all others run as with ``"auto"``; ``"triton"`` the Triton kernels:
+            ``influence_update_``, ``loss_row_`` and ``catch_up_``, while all others run as with ``"auto"``.
         device: of the tensors.
         dtype: of the influence.
         precision: of the products of ``"triton"``; every other backend computes in the dtype itself.
@@ -153,17 +159,19 @@ def select(
         return triton_backend.select(device, dtype, precision, _DISPATCHED)
     if precision != "ieee":
         raise ValueError(f"precision must be 'ieee' for backend {backend!r}, got {precision!r}: use backend='triton'")
-    if backend == "reference" or (backend == "auto" and device.type == "cpu" and dtype not in COMPILED_DTYPES):
+    if backend == "reference" or (backend == "auto" and dtype not in COMPILED_DTYPES):
         return reference
-    if backend == "cpp":
-        if device.type != "cpu":
-            raise BackendError(f"backend 'cpp' is for the CPU, the tensors are on {device}: use backend='auto'")
+    if backend in COMPILED:
+        kind, variable = COMPILED[backend]
+        problem = compiled_problem if backend == "cpp" else cuda_problem
+        if device.type != kind:
+            raise BackendError(f"backend '{backend}' is for {kind}, the tensors are on {device}: use backend='auto'")
         if dtype not in COMPILED_DTYPES:
-            raise BackendError(f"backend 'cpp' is for float32 and float64, got {dtype}: use backend='reference'")
-        if compiled_problem:
+            raise BackendError(f"backend '{backend}' is for float32 and float64, got {dtype}: use backend='reference'")
+        if problem:
             raise BackendError(
-                f"backend 'cpp' needs the compiled CPU operations: {compiled_problem}. Build them with"
-                " 'SPARSE_RTRL_CPP=1 pip install --no-build-isolation .', or use backend='auto' or 'reference'"
+                f"backend '{backend}' needs the compiled operations for {kind}: {problem}. Build them with"
+                f" '{variable}=1 pip install --no-build-isolation .', or use backend='auto' or 'reference'"
             )
     return _DISPATCHED
 

@@ -19,11 +19,12 @@ that only accumulates. The augmented map of a segment is therefore the pair ``(J
 Layouts: ``P`` is ``(G, H + 1, N)`` with one row of ``G`` per influence matrix, the loss row last, and the columns of
 all parameters of the group side by side. A *node* is a block-sparse map: slots ``rows (B, R)`` that it writes, slots
 ``cols (B, C)`` that it depends on, ``blocks (B, R*D, C*D)`` and ``loss_row (B, C*D)``; every other row is the identity.
+A *ring* holds the last nodes of one level of a tree, one more dimension in front: node ``i`` at place ``i % length``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -87,6 +88,9 @@ def influence_update_(
 
 def loss_row_(P: Tensor, u: Tensor, groups: Tensor) -> None:
     """Add to the loss row of some influence matrices, in place: ``P[g, H] += u P[g, :H]``.
+
+    An implementation may leave rows of ``P`` unread whose ``u`` is zero: most losses touch few slots. NaN or infinity
+    in such a row then does not reach the loss row, as it does here.
 
     Args:
         P: influence matrices ``(G, H + 1, N)``.
@@ -198,52 +202,176 @@ def tree_merge(
     return rows, cols, torch.bmm(newer, older), loss_row
 
 
+def leaf(
+    Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None, num_slots: int, slot_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The node of one segment: slots sorted, duplicated columns of the support summed.
+
+    Args:
+        Jh: ``(B, kw * D, ks * D)``.
+        write: ``(B, kw)`` int64, contained in ``support``; the blocks of a repeated slot must be equal.
+        support: ``(B, ks)`` int64.
+        loss_row: ``(B, H)``, zero outside the support; None for no loss.
+        num_slots: ``S``.
+        slot_size: ``D``.
+
+    Returns:
+        Rows ``(B, min(S, kw))``, columns ``(B, min(S, ks))``, blocks and loss row.
+    """
+    batch, num_support = support.shape
+    rows, cols = (union_slots(slots, slots[:, :0], num_slots) for slots in (write, support))
+    blocks = Jh.view(batch, write.shape[1], slot_size, num_support, slot_size)
+    if rows.shape[1]:
+        at = (write.unsqueeze(1) == rows.unsqueeze(2)).to(torch.int64).argmax(2)  # (B, R)
+        blocks = blocks.gather(1, at.view(batch, -1, 1, 1, 1).expand(-1, -1, *blocks.shape[2:]))
+    summed = blocks.new_zeros(batch, rows.shape[1], slot_size, cols.shape[1], slot_size)
+    u = Jh.new_zeros(batch, cols.shape[1] * slot_size)
+    if num_support:
+        column = torch.searchsorted(cols, support.contiguous())
+        summed.scatter_add_(3, column.view(batch, 1, 1, -1, 1).expand_as(blocks), blocks)
+        if loss_row is not None:
+            held = first_occurrence(cols).repeat_interleave(slot_size, 1)
+            u = loss_row.gather(1, slot_entries(cols, slot_size)) * held
+    return rows, cols, summed.flatten(3).flatten(1, 2), u
+
+
+def completed_levels(count: int, first: int, levels: int) -> int:
+    """Number of nodes that the append of segment ``count - 1`` completes above the leaf, of levels 1, 2, ...
+
+    Args:
+        count: segments appended.
+        first: number of the first segment that was ever appended.
+        levels: highest level that is kept.
+    """
+    level = 0
+    while level < levels and count % (2 << level) == 0 and count - (2 << level) >= first:
+        level += 1
+    return level
+
+
+def dyadic_cover(start: int, count: int, levels: int) -> Iterator[tuple[int, int]]:
+    """Aligned nodes (level, index) that cover the segments ``start ... count - 1``, oldest first.
+
+    Node ``i`` of level ``l`` is the product of the segments ``i * 2**l ... (i + 1) * 2**l - 1``.
+    """
+    position = start
+    while position < count:
+        level = 0
+        while level < levels and position % (2 << level) == 0 and position + (2 << level) <= count:
+            level += 1
+        yield level, position >> level
+        position += 1 << level
+
+
+def tree_append_(
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    loss_rows: Sequence[Tensor],
+    count: Tensor,
+    Jh: Tensor,
+    write: Tensor,
+    support: Tensor,
+    loss_row: Tensor | None,
+    first: int,
+    num_slots: int,
+    slot_size: int,
+) -> None:
+    """Append one segment to the rings of a circular tree, in place, and build every product that it completes.
+
+    Node ``i`` of level ``l`` stands at place ``i % (L >> l)`` of the ring of its level. Slot sets are sorted and filled
+    up with their largest slot; a leaf without rows gets a row of the identity.
+
+    Args:
+        rows: per level ``(L >> l, B, R_l)`` int64, with ``R_l = min(S, 2 R_{l-1})`` and ``R_0 >= min(S, kw)``.
+        cols: per level ``(L >> l, B, C_l)`` int64, with ``C_l = min(S, 2 C_{l-1})`` and ``C_0 >= min(S, ks)``.
+        blocks: per level ``(L >> l, B, R_l * D, C_l * D)``.
+        loss_rows: per level ``(L >> l, B, C_l * D)``.
+        count: segments appended before, 0-dim int64; grows by one.
+        Jh: ``dh[write] / dh_entry[support]``, ``(B, kw * D, ks * D)``.
+        write: ``(B, kw)`` int64, contained in ``support``; the blocks of a repeated slot must be equal.
+        support: ``(B, ks)`` int64; duplicates add up.
+        loss_row: ``dL/dh_entry``, ``(B, H)``, zero outside the support; None for no loss.
+        first: number of the first segment that was ever appended.
+        num_slots: ``S``.
+        slot_size: ``D``.
+    """
+    now = int(count)
+    rings = list(zip(rows, cols, blocks, loss_rows, strict=True))
+    node = leaf(Jh, write, support, loss_row, num_slots, slot_size)
+    _store(rings[0], now, widen(*node, rows[0].shape[2], cols[0].shape[2], slot_size))
+    for level in range(1, completed_levels(now + 1, first, len(rings) - 1) + 1):
+        index = ((now + 1) >> level) - 1
+        newer, older = (_ring_node(rings[level - 1], i) for i in (2 * index + 1, 2 * index))
+        _store(rings[level], index, tree_merge(*newer, *older, num_slots, slot_size))
+    count.add_(1)
+
+
+def _ring_node(ring: Sequence[Tensor], index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, cols, blocks, loss_rows = (part[index % len(part)] for part in ring)
+    return rows, cols, blocks, loss_rows
+
+
+def _store(rings: Sequence[Tensor], index: int, node: Sequence[Tensor]) -> None:
+    for ring, part in zip(rings, node, strict=True):
+        ring[index % len(ring)] = part
+
+
 def suffix_product(
     rows: Sequence[Tensor],
     cols: Sequence[Tensor],
     blocks: Sequence[Tensor],
     loss_rows: Sequence[Tensor],
+    count: Tensor,
     streams: Tensor,
-    paths: Tensor,
+    starts: Tensor,
     num_rows: int,
     num_cols: int,
     num_slots: int,
     slot_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Products of nodes along paths, one per pair of a stream and a path.
+    """Products of the segments ``start ... count - 1``, newest on the left, one per pair of a stream and a start.
 
     Args:
-        rows: per node ``(B, R)`` sorted.
-        cols: per node ``(B, C)`` sorted.
-        blocks: per node ``(B, R * D, C * D)``.
-        loss_rows: per node ``(B, C * D)``.
+        rows: per level ``(L >> l, B, R_l)`` int64, see :func:`tree_append_`.
+        cols: per level ``(L >> l, B, C_l)`` int64.
+        blocks: per level ``(L >> l, B, R_l * D, C_l * D)``.
+        loss_rows: per level ``(L >> l, B, C_l * D)``.
+        count: segments appended, 0-dim int64.
         streams: stream of each product, ``(Q,)`` int64.
-        paths: numbers of the nodes of each product, oldest first, -1 behind them, ``(Q, depth)`` int64.
-        num_rows: row slots of the results, at least as many as any product has.
-        num_cols: column slots of the results, likewise.
+        starts: ``(Q,)`` int64, at least ``count - L``; from ``count`` on it is the identity.
+        num_rows: row slots of the results, at least as many as any product has: ``min(S, gap * R_0)`` are enough.
+        num_cols: column slots of the results, likewise ``min(S, gap * C_0)``.
         num_slots: ``S``.
         slot_size: ``D``.
 
     Returns:
         Rows ``(Q, num_rows)``, columns ``(Q, num_cols)``, blocks and loss rows of the products.
     """
-    out = []
-    for stream, path in zip(streams.tolist(), paths.tolist(), strict=True):
-        parts = [[part[n][stream : stream + 1] for part in (rows, cols, blocks, loss_rows)] for n in path if n >= 0]
-        r, c, b, u = parts[0]
-        for r2, c2, b2, u2 in parts[1:]:
-            r, c, b, u = tree_merge(r2, c2, b2, u2, r, c, b, u, num_slots, slot_size)
-        out.append(widen(r, c, b, u, num_rows, num_cols, slot_size))
-    if not out:
-        like, height, width = blocks[0], num_rows * slot_size, num_cols * slot_size
-        return (
-            streams.new_empty(0, num_rows),
-            streams.new_empty(0, num_cols),
-            like.new_empty(0, height, width),
-            like.new_empty(0, width),
-        )
-    r0, c0, b0, u0 = (torch.cat(part) for part in zip(*out, strict=True))
-    return r0, c0, b0, u0
+    now = int(count)
+    rings = list(zip(rows, cols, blocks, loss_rows, strict=True))
+    _check_window(starts, now, len(rows[0]))
+    height, width = num_rows * slot_size, num_cols * slot_size
+    out = (
+        streams.new_zeros(len(streams), num_rows),
+        streams.new_zeros(len(streams), num_cols),
+        blocks[0].new_zeros(len(streams), height, width),
+        blocks[0].new_zeros(len(streams), width),
+    )
+    for q, (stream, start) in enumerate(zip(streams.tolist(), starts.tolist(), strict=True)):
+        one, none = slice(stream, stream + 1), streams.new_zeros(1, 0)
+        product = (none, none, blocks[0].new_zeros(1, 0, 0), blocks[0].new_zeros(1, 0))
+        for level, index in dyadic_cover(start, now, len(rings) - 1):
+            r, c, b, u = _ring_node(rings[level], index)
+            product = tree_merge(r[one], c[one], b[one], u[one], *product, num_slots, slot_size)
+        for result, part in zip(out, widen(*product, num_rows, num_cols, slot_size), strict=True):
+            result[q] = part[0]
+    return out
+
+
+def _check_window(starts: Tensor, count: int, capacity: int) -> None:
+    if starts.numel() and int(starts.min()) < count - capacity:
+        raise IndexError(f"starts must be at least count - L = {count - capacity}, got {int(starts.min())}")
 
 
 def widen(
@@ -261,38 +389,88 @@ def widen(
 
 def catch_up_(
     P: Tensor,
-    rows: Sequence[Tensor],
-    cols: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-    loss_rows: Sequence[Tensor],
+    rows: Tensor,
+    cols: Tensor,
+    blocks: Tensor,
+    loss_rows: Tensor,
+    count: Tensor,
     streams: Tensor,
     groups: Tensor,
-    first: Tensor,
+    starts: Tensor,
     slot_size: int,
 ) -> None:
-    """Move influence matrices through consecutive nodes, in place, loss row included.
+    """Move influence matrices through the segments ``start ... count - 1``, in place, loss row included.
 
     Args:
         P: influence matrices ``(G, H + 1, N)``.
-        rows: per node ``(B, R)`` sorted, oldest node first.
-        cols: per node ``(B, C)`` sorted.
-        blocks: per node ``(B, R * D, C * D)``.
-        loss_rows: per node ``(B, C * D)``.
+        rows: ring of the segments, segment ``t`` at place ``t % L``: ``(L, B, R)`` int64, see :func:`tree_append_`.
+        cols: ``(L, B, C)`` int64.
+        blocks: ``(L, B, R * D, C * D)``.
+        loss_rows: ``(L, B, C * D)``.
+        count: segments appended, 0-dim int64.
         streams: stream of each matrix that moves, ``(M,)`` int64.
         groups: the matrices that move, ``(M,)`` int64, rows of ``P``, distinct.
-        first: number of the node that each matrix starts from, ``(M,)`` int64; it moves through all from there on.
+        starts: first segment that each matrix goes through, ``(M,)`` int64, at least ``count - L``; a matrix with a
+            start from ``count`` on stays.
         slot_size: ``D``.
     """
-    for n in range(len(rows)):
-        moving = (first <= n).nonzero().flatten()
-        influence_update_(P, blocks[n], rows[n], cols[n], loss_rows[n], streams[moving], groups[moving], [], [], [])
+    now, capacity = int(count), len(rows)
+    _check_window(starts, now, capacity)
+    for t in range(min(starts.tolist(), default=now), now):
+        moving, at = (starts <= t).nonzero().flatten(), t % capacity
+        influence_update_(P, blocks[at], rows[at], cols[at], loss_rows[at], streams[moving], groups[moving], [], [], [])
+
+
+def catch_up_update_(
+    P: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    blocks: Tensor,
+    loss_rows: Tensor,
+    count: Tensor,
+    streams: Tensor,
+    groups: Tensor,
+    starts: Tensor,
+    slot_size: int,
+    Jh: Tensor,
+    write: Tensor,
+    support: Tensor,
+    loss_row: Tensor | None,
+    deltas: Sequence[Tensor],
+    zs: Sequence[Tensor],
+    offsets: Sequence[int],
+) -> None:
+    """:func:`catch_up_`, then :func:`influence_update_` of the same matrices, in place.
+
+    Args:
+        P: influence matrices ``(G, H + 1, N)``; this and all up to ``slot_size`` as in :func:`catch_up_`.
+        rows: ``(L, B, R)`` int64.
+        cols: ``(L, B, C)`` int64.
+        blocks: ``(L, B, R * D, C * D)``.
+        loss_rows: ``(L, B, C * D)``.
+        count: 0-dim int64.
+        streams: ``(M,)`` int64.
+        groups: ``(M,)`` int64.
+        starts: ``(M,)`` int64.
+        slot_size: ``D``.
+        Jh: ``(B, kw * D, ks * D)``; this and all that follow as in :func:`influence_update_`.
+        write: ``(B, kw)`` int64.
+        support: ``(B, ks)`` int64.
+        loss_row: ``(B, ks * D)`` or None.
+        deltas: per captured parameter ``(M, kw * D, τ, m)``.
+        zs: per captured parameter ``(M, τ, j)``.
+        offsets: first column of each captured parameter.
+    """
+    catch_up_(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_size)
+    influence_update_(P, Jh, write, support, loss_row, streams, groups, deltas, zs, offsets)
 
 
 def suffix_loss_rows(
-    rows: Sequence[Tensor],
-    cols: Sequence[Tensor],
-    blocks: Sequence[Tensor],
-    loss_rows: Sequence[Tensor],
+    rows: Tensor,
+    cols: Tensor,
+    blocks: Tensor,
+    loss_rows: Tensor,
+    count: Tensor,
     starts: Tensor,
     newest: Tensor,
     slot_size: int,
@@ -300,22 +478,26 @@ def suffix_loss_rows(
     """Loss rows of many suffixes in one backward sweep: ``u(start) = sum_t u_t J_{t-1} ... J_start``.
 
     Args:
-        rows: per node ``(B, R)`` sorted, oldest node first.
-        cols: per node ``(B, C)`` sorted.
-        blocks: per node ``(B, R * D, C * D)``.
-        loss_rows: per node ``(B, C * D)``.
-        starts: number of the node that each suffix starts from, ``(B, E)`` int64; the number of nodes for none.
-        newest: row vector that enters behind the newest node, ``(B, H)``.
+        rows: ring of the segments, ``(L, B, R)`` int64, see :func:`catch_up_`.
+        cols: ``(L, B, C)`` int64.
+        blocks: ``(L, B, R * D, C * D)``.
+        loss_rows: ``(L, B, C * D)``.
+        count: segments appended, 0-dim int64.
+        starts: first segment of each suffix, ``(B, E)`` int64, at least ``count - L``; from ``count`` on it is empty.
+        newest: row vector that enters behind the newest segment, ``(B, H)``.
         slot_size: ``D``.
 
     Returns:
         ``(B, E, H)``: gradient of the losses of the suffix with respect to the state at its start.
     """
+    now, capacity = int(count), len(rows)
+    _check_window(starts, now, capacity)
     v = newest
     out = v.unsqueeze(1).expand(-1, starts.shape[1], -1).clone()
-    for n in range(len(rows) - 1, -1, -1):
-        v = pull_back(rows[n], cols[n], blocks[n], loss_rows[n], v, slot_size)
-        out = torch.where((starts <= n).unsqueeze(-1), v.unsqueeze(1), out)
+    for t in range(now - 1, min(starts.flatten().tolist(), default=now) - 1, -1):
+        at = t % capacity
+        v = pull_back(rows[at], cols[at], blocks[at], loss_rows[at], v, slot_size)
+        out = torch.where((starts <= t).unsqueeze(-1), v.unsqueeze(1), out)
     return out
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from rich import box
 from rich.table import Table
 
 from sparse_rtrl.contestant import Probe, chance
 from sparse_rtrl.experiments import Outcome, Trials
 from sparse_rtrl.gradient_check import GradientError
+from sparse_rtrl.plan import Plan
 from sparse_rtrl.training import Accuracy
 
 
@@ -114,4 +116,15 @@ def gradient_table(errors: Sequence[GradientError]) -> Table:
             f"{1 - row.cosine:.1e}",
             verdict,
         )
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """The predicted cost of each way to keep sleeping experts."""
+    table = Table(title="microseconds per stream and segment, work on sleeping experts", box=box.SIMPLE_HEAVY)
+    for name in ("path", "segments kept", "tree levels", "wake-ups", "appends", "flushes", "bookkeeping", "total"):
+        table.add_column(name, justify="left" if name == "path" else "right")
+    for row in plan.table:
+        costs = [f"{row[name] * 1e6:,.1f}" for name in ("wake", "append", "flush", "overhead", "total")]
+        table.add_row(row["path"], str(row["buffer"]), str(row["levels"]), *costs)
     return table

@@ -104,6 +104,12 @@ def _expert_factors(steps: list[StepJacobian], deltas: list[Tensor], num_experts
     batch, device = deltas[0].shape[0], deltas[0].device
     stream_of = torch.arange(batch, device=device).unsqueeze(1)
     keys = [(stream_of * max(num_experts, 1) + step.routing.experts).flatten() for step in steps]
+    if len(steps) == 1:  # every pair once: nothing to join
+        out = GroupFactors(stream_of.expand_as(steps[0].routing.experts).flatten(), keys[0], [], [], [])
+        terms = steps[0].expert.terms
+        zs = [None if term.z is None else term.z.flatten(0, 1).unsqueeze(1) for term in terms]
+        _extend(out, terms, deltas[0].flatten(0, 1).unsqueeze(2), zs)
+        return out
     pairs, place = torch.cat(keys).unique(return_inverse=True)
     counts = torch.tensor([len(key) for key in keys], device=device)
     step_of = torch.arange(len(steps), device=device).repeat_interleave(counts)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sparse_rtrl import ops
-from sparse_rtrl.reference import embed_node, pull_back, slot_entries, union_slots, widen
+from sparse_rtrl.reference import completed_levels, dyadic_cover, pull_back, slot_entries, widen
+
+Rings: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+"""Rows, columns, blocks and loss rows of the nodes, one ring per level."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,6 @@ class Node:
         loss_row: gradient of the loss of its steps with respect to the state that entered it, ``(B, C * D)``.
         num_slots: ``S``.
         slot_size: ``D``.
-        backend: what composes it, see :func:`sparse_rtrl.ops.select`.
     """
 
     rows: Tensor
@@ -34,7 +36,6 @@ class Node:
     loss_row: Tensor
     num_slots: int
     slot_size: int
-    backend: ops.Backend = "auto"
 
     def dense(self) -> Tensor:
         """The whole map as a matrix, ``(B, H, H)``."""
@@ -56,53 +57,22 @@ class Node:
         """Row vector through the augmented map: ``u + v Φ``, for ``v (B, H)``."""
         return pull_back(self.rows, self.cols, self.blocks, self.loss_row, v, self.slot_size)
 
-    def compose(self, older: Node) -> Node:
-        """This map after an older one."""
-        merge = ops.select(self.backend, self.blocks.device, self.blocks.dtype).tree_merge
-        rows, cols, blocks, loss_row = merge(
-            *(self.rows, self.cols, self.blocks, self.loss_row),
-            *(older.rows, older.cols, older.blocks, older.loss_row),
-            self.num_slots,
-            self.slot_size,
-        )
-        return replace(self, rows=rows, cols=cols, blocks=blocks, loss_row=loss_row)
 
-    def embed(self, rows: Tensor, cols: Tensor) -> Node:
-        """The same map written over larger sets of rows ``(B, R')`` and columns ``(B, C')``."""
-        blocks, loss_row = embed_node(
-            self.rows, self.cols, self.blocks, self.loss_row, rows, cols, slot_size=self.slot_size
-        )
-        return replace(self, rows=rows, cols=cols, blocks=blocks, loss_row=loss_row)
+def ring_widths(
+    levels: int, capacity: int, num_slots: int, write_slots: int, support_slots: int
+) -> list[tuple[int, int, int]]:
+    """Length ``L >> l``, row slots ``min(S, 2**l kw)`` and column slots ``min(S, 2**l ks)`` of every level's ring."""
+    return [
+        (capacity >> level, min(num_slots, write_slots << level), min(num_slots, support_slots << level))
+        for level in range(levels + 1)
+    ]
 
 
-def leaf(Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None, num_slots: int, slot_size: int) -> Node:
-    """The node of one segment: slots sorted, duplicated columns of the support summed.
-
-    Args:
-        Jh: ``(B, kw * D, ks * D)``.
-        write: ``(B, kw)`` int64, distinct within a row and contained in ``support``.
-        support: ``(B, ks)`` int64.
-        loss_row: ``(B, ks * D)`` or None for no loss.
-        num_slots: ``S``.
-        slot_size: ``D``.
-    """
-    batch, num_rows = write.shape
-    rows, order = write.sort(dim=1)
-    cols = union_slots(support, support[:, :0], num_slots)
-    blocks = Jh.view(batch, num_rows, slot_size, support.shape[1], slot_size)
-    blocks = blocks.gather(1, order.view(batch, num_rows, 1, 1, 1).expand_as(blocks))
-    summed = blocks.new_zeros(batch, num_rows, slot_size, cols.shape[1], slot_size)
-    if support.shape[1] == 0:
-        return Node(rows, cols, summed.flatten(3).flatten(1, 2), Jh.new_zeros(batch, 0), num_slots, slot_size)
-    column = torch.searchsorted(cols, support.contiguous())
-    summed.scatter_add_(3, column.view(batch, 1, 1, -1, 1).expand_as(blocks), blocks)
-    u = Jh.new_zeros(batch, cols.shape[1], slot_size)
-    if loss_row is not None:
-        u.scatter_add_(
-            1, column.unsqueeze(-1).expand(-1, -1, slot_size), loss_row.view(batch, support.shape[1], slot_size)
-        )
-    flat = summed.reshape(batch, num_rows * slot_size, cols.shape[1] * slot_size)
-    return Node(rows, cols, flat, u.flatten(1), num_slots, slot_size)
+def ring_bytes(widths: list[tuple[int, int, int]], batch_size: int, slot_size: int, itemsize: int) -> int:
+    """Bytes of the rings of a tree: slots, blocks and loss rows of every node."""
+    numbers = sum(n * (r * slot_size + 1) * c * slot_size for n, r, c in widths)
+    slots = sum(n * (r + c) for n, r, c in widths)
+    return batch_size * (itemsize * numbers + 8 * slots)
 
 
 class CircularTree:
@@ -113,6 +83,11 @@ class CircularTree:
     numbered from the first append on and never renumbered: a product can thus never be taken in the wrong order where
     the ring wraps. A suffix of the window is covered by at most ``2 * log2(capacity)`` nodes.
 
+    The nodes of a level stand in one preallocated ring, as wide as the widest segment so far makes them; a wider one
+    makes all rings grow. The number of segments is kept on the device too, where the operations read it: with the CUDA
+    operations an append (:meth:`append_segment`), a query (:meth:`suffixes`) and a replay need no synchronisation and
+    can be captured in a CUDA graph, as long as no ring grows.
+
     Args:
         capacity: number of segments ``L`` that are kept.
         batch_size: streams ``B``.
@@ -121,7 +96,7 @@ class CircularTree:
         dtype: dtype of the Jacobians.
         device: where they are kept.
         levels: highest level of products that is kept; None for all that fit the capacity, 0 for leaves only.
-        backend: ``"auto"``, ``"reference"`` or ``"cpp"``, see :func:`sparse_rtrl.ops.select`.
+        backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"cuda"``, see :func:`sparse_rtrl.ops.select`.
 
     Raises:
         BackendError: if the backend is not there, with the remedy.
@@ -166,7 +141,13 @@ class CircularTree:
         """Number of the first segment that was ever appended."""
         self.begin = [0] * batch_size
         """First segment of each stream's window; earlier ones were before its reset."""
-        self._nodes: list[list[Node | None]] = [[None] * (capacity >> level) for level in range(self.levels + 1)]
+        self._count = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._rings: Rings = ([], [], [], [])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the nodes; zero before the first append."""
+        return sum(ring.numel() * ring.element_size() for part in self._rings for ring in part)
 
     def append(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None = None) -> None:
         """Append the Jacobian of one segment.
@@ -178,23 +159,54 @@ class CircularTree:
             loss_row: ``dL/dh_entry`` over the support, ``(B, ks * D)``; None for no loss.
 
         Raises:
-            ValueError: on wrong shapes, dtype or device, or slots out of range.
+            ValueError: on wrong shapes, dtype or device, or slots out of range; on a GPU the slots are not read.
         """
         self._check(Jh, write, support, loss_row)
-        self.append_node(leaf(Jh, write, support, loss_row, self.num_slots, self.slot_size))
+        if loss_row is not None:
+            u = loss_row.new_zeros(self.batch_size, self.num_slots * self.slot_size)
+            loss_row = u.scatter_add_(1, slot_entries(support, self.slot_size), loss_row)
+        self.append_segment(Jh, write, support, loss_row)
 
-    def append_node(self, node: Node) -> None:
-        """Append the node of one segment and build the products that it completes."""
-        self._put(0, self.count, node if node.backend == self.backend else replace(node, backend=self.backend))
+    def append_segment(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None) -> None:
+        """As :meth:`append`, with the loss row over the whole state, and slots that the caller answers for.
+
+        Args:
+            Jh: ``dh[write] / dh_entry[support]``, ``(B, kw * D, ks * D)``.
+            write: written slots ``(B, kw)`` int64, contained in ``support``; the blocks of a repeated slot are equal.
+            support: ``(B, ks)`` int64; duplicates add up.
+            loss_row: ``dL/dh_entry``, ``(B, S * D)``, zero outside the support; None for no loss.
+        """
+        self._reserve(write.shape[1], support.shape[1])
+        sizes = (self.first, self.num_slots, self.slot_size)
+        self._ops.tree_append_(*self._rings, self._count, Jh, write, support, loss_row, *sizes)
         self.count += 1
-        for level in range(1, self.levels + 1):
-            if self.count % (1 << level):
-                break
-            index = (self.count >> level) - 1
-            if (2 * index) << (level - 1) < self.first:
-                break
-            self._put(level, index, self._get(level - 1, 2 * index + 1).compose(self._get(level - 1, 2 * index)))
-            self.merges += 1
+        self.merges += completed_levels(self.count, self.first, self.levels)
+
+    def _reserve(self, num_rows: int, num_cols: int) -> None:
+        """Make the nodes wide enough for segments with so many rows and columns, keeping what is there."""
+        rows, cols = self._rings[:2]
+        # A leaf without rows holds one row of the identity.
+        own_rows, own_cols = (rows[0].shape[2], cols[0].shape[2]) if rows else (1, 1)
+        num_rows, num_cols = (
+            max(own_rows, min(num_rows, self.num_slots)),
+            max(own_cols, min(num_cols, self.num_slots)),
+        )
+        if rows and (num_rows, num_cols) == (own_rows, own_cols):
+            return
+        grown: Rings = ([], [], [], [])
+        for level, (n, r, c) in enumerate(ring_widths(self.levels, self.capacity, self.num_slots, num_rows, num_cols)):
+            height, width = r * self.slot_size, c * self.slot_size
+            if rows:
+                old_rows, old_cols, old_blocks, old_loss_rows = (part[level].flatten(0, 1) for part in self._rings)
+                wide = widen(old_rows, old_cols, old_blocks, old_loss_rows, r, c, self.slot_size)
+                new = [part.unflatten(0, (n, self.batch_size)) for part in wide]
+            else:
+                slots = [torch.zeros(n, self.batch_size, k, dtype=torch.int64, device=self.device) for k in (r, c)]
+                shapes = ((n, self.batch_size, height, width), (n, self.batch_size, width))
+                new = slots + [torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+            for rings, ring in zip(grown, new, strict=True):
+                rings.append(ring.contiguous())
+        self._rings = grown
 
     def suffix(self, start: int | Tensor) -> Node:
         """Product of everything appended since ``count`` was ``start``, newest on the left.
@@ -222,56 +234,43 @@ class CircularTree:
                     f"start must lie between {oldest} and {self.count} for stream {stream}, got {s}:"
                     " earlier segments left the window or were before the stream's reset"
                 )
-        distinct = sorted(set(starts))
-        products = {s: self.product(s) for s in distinct}
-        if len(distinct) == 1:
-            return products[distinct[0]]
-        wide = {s: self._widen(node) for s, node in products.items()}
-        rows = torch.stack([wide[s].rows[b] for b, s in enumerate(starts)])
-        cols = torch.stack([wide[s].cols[b] for b, s in enumerate(starts)])
-        blocks = torch.stack([wide[s].blocks[b] for b, s in enumerate(starts)])
-        loss_row = torch.stack([wide[s].loss_row[b] for b, s in enumerate(starts)])
-        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size, self.backend)
-
-    def product(self, start: int) -> Node:
-        """Product of the segments ``start ... count - 1`` of every stream, without checking the streams' resets."""
-        result: Node | None = None
-        for level, index in self._cover(start):
-            node = self._get(level, index)
-            if result is None:
-                result = node
-            else:
-                result = node.compose(result)
-                self.query_merges += 1
-        return self._identity() if result is None else result
+        self.query_merges += sum(self._merges_of(s) for s in set(starts))
+        every = torch.arange(self.batch_size, device=self.device)
+        return self._product(every, torch.tensor(starts, device=self.device), min(starts))
 
     def segments(self, start: int) -> Iterator[tuple[int, Node]]:
-        """The segments ``start ... count - 1`` as (number, node), oldest first."""
+        """The segments ``start ... count - 1`` as (number, node), oldest first; views, good until they expire."""
         for index in range(start, self.count):
-            yield index, self._get(0, index)
+            yield index, self._node(0, index)
 
     def suffixes(self, streams: Tensor, starts: Tensor) -> Node:
         """Products of everything since ``starts``, one per pair of a stream and a start, as a node of batch ``Q``.
 
+        On a GPU the starts stay on the device: the result then has room for a suffix of the whole window, and
+        ``query_merges`` does not count.
+
         Args:
             streams: ``(Q,)`` int64.
-            starts: ``(Q,)`` int64, before ``count``; not checked against the streams' resets.
+            starts: ``(Q,)`` int64, at most ``count``; not checked against the streams' resets.
         """
-        covers = {start: list(self._cover(start)) for start in set(starts.tolist())}
-        numbers = {name: n for n, name in enumerate({name for cover in covers.values() for name in cover})}
-        nodes = [self._get(*name) for name in numbers]
-        depth = max(map(len, covers.values()))
-        padded = {s: [numbers[name] for name in c] + [-1] * (depth - len(c)) for s, c in covers.items()}
-        paths = torch.tensor([padded[s] for s in starts.tolist()], device=starts.device)
-        num_rows, num_cols = (
-            min(self.num_slots, max(sum(size(nodes[n]) for n in path if n >= 0) for path in padded.values()))
-            for size in (lambda node: node.rows.shape[1], lambda node: node.cols.shape[1])
-        )
-        self.query_merges += sum(len(covers[s]) - 1 for s in starts.tolist())
+        oldest = self.count - self.capacity
+        if self.device.type == "cpu":
+            values = starts.tolist()
+            oldest = min(values, default=self.count)
+            self.query_merges += sum(map(self._merges_of, values))
+        return self._product(streams, starts, oldest)
+
+    def _product(self, streams: Tensor, starts: Tensor, oldest: int) -> Node:
+        """Products of the segments from each start on, none of them before ``oldest``."""
+        self._reserve(1, 1)
+        room = [min(self.num_slots, (self.count - oldest) * part[0].shape[2]) for part in self._rings[:2]]
         new_rows, new_cols, blocks, loss_row = self._ops.suffix_product(
-            *_parts(nodes), streams, paths, num_rows, num_cols, self.num_slots, self.slot_size
+            *self._rings, self._count, streams, starts, *room, self.num_slots, self.slot_size
         )
-        return Node(new_rows, new_cols, blocks, loss_row, self.num_slots, self.slot_size, self.backend)
+        return Node(new_rows, new_cols, blocks, loss_row, self.num_slots, self.slot_size)
+
+    def _merges_of(self, start: int) -> int:
+        return max(0, sum(1 for _ in dyadic_cover(start, self.count, self.levels)) - 1)
 
     def replay_(self, P: Tensor, streams: Tensor, groups: Tensor, starts: Tensor) -> None:
         """Move influence matrices through every segment since their starts, in place.
@@ -282,12 +281,9 @@ class CircularTree:
             groups: the matrices, ``(M,)`` int64, rows of ``P``, distinct.
             starts: ``(M,)`` int64; not checked against the streams' resets.
         """
-        if not len(groups):
-            return
-        oldest = int(starts.min())
-        nodes = [self._get(0, index) for index in range(oldest, self.count)]
-        if nodes:
-            self._ops.catch_up_(P, *_parts(nodes), streams, groups, starts - oldest, self.slot_size)
+        if self._rings[0]:
+            ring = (part[0] for part in self._rings)
+            self._ops.catch_up_(P, *ring, self._count, streams, groups, starts, self.slot_size)
 
     def loss_rows(self, starts: Tensor, newest: Tensor) -> Tensor:
         """Loss row of many suffixes in one backward sweep: ``u(start) = sum_t u_t J_{t-1} ... J_start``.
@@ -299,9 +295,10 @@ class CircularTree:
         Returns:
             ``(B, E, H)``: gradient of the losses since each start with respect to the state at that start.
         """
-        oldest = int(starts.min())
-        nodes = [self._get(0, index) for index in range(oldest, self.count)]
-        out: Tensor = self._ops.suffix_loss_rows(*_parts(nodes), starts - oldest, newest, self.slot_size)
+        if not self._rings[0]:
+            return newest.unsqueeze(1).repeat(1, starts.shape[1], 1)
+        ring = (part[0] for part in self._rings)
+        out: Tensor = self._ops.suffix_loss_rows(*ring, self._count, starts, newest, self.slot_size)
         return out
 
     def reset(self, streams: Tensor | None = None) -> None:
@@ -324,7 +321,15 @@ class CircularTree:
         if self.count != self.first:
             raise ValueError(f"begin_at needs an empty tree, {self.count - self.first} segments were appended")
         self.count = self.first = count
+        self._count.fill_(count)
         self.begin = [count] * self.batch_size
+
+    def refresh_count(self) -> None:
+        """Read ``count`` back from the device, after appends that the replay of a CUDA graph made."""
+        self.count = int(self._count)
+        # Every aligned run of segments since the first one was merged once.
+        runs = ((self.count >> level) - -(-self.first >> level) for level in range(1, self.levels + 1))
+        self.merges = sum(max(0, n) for n in runs)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume bit for bit, as tensors, numbers and containers of them."""
@@ -334,9 +339,9 @@ class CircularTree:
             "merges": self.merges,
             "query_merges": self.query_merges,
             "begin": list(self.begin),
-            "nodes": [
-                [None if n is None else (n.rows, n.cols, n.blocks, n.loss_row) for n in level] for level in self._nodes
-            ],
+            "capacity": self.capacity,
+            "levels": self.levels,
+            "rings": [[ring.clone() for ring in part] for part in self._rings],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -345,55 +350,23 @@ class CircularTree:
         Raises:
             ValueError: if it came from a tree of another capacity, depth or batch size.
         """
-        sizes = [len(level) for level in state["nodes"]]
-        if sizes != [len(level) for level in self._nodes] or len(state["begin"]) != self.batch_size:
+        own = (self.capacity, self.levels, self.batch_size)
+        given = (state["capacity"], state["levels"], len(state["begin"]))
+        if own != given:
             raise ValueError(
-                f"state must come from a tree with capacity {self.capacity}, {self.levels + 1} levels and"
-                f" {self.batch_size} streams, got levels of sizes {sizes} and {len(state['begin'])} streams"
+                f"state must come from a tree with capacity {own[0]}, levels up to {own[1]} and {own[2]} streams,"
+                f" got capacity {given[0]}, levels up to {given[1]} and {given[2]} streams"
             )
         self.count, self.first = state["count"], state["first"]
+        self._count.fill_(self.count)
         self.merges, self.query_merges = state["merges"], state["query_merges"]
         self.begin = list(state["begin"])
-        self._nodes = [
-            [None if parts is None else self._restored(*parts) for parts in level] for level in state["nodes"]
-        ]
+        rows, cols, blocks, loss_rows = ([ring.to(self.device).clone() for ring in part] for part in state["rings"])
+        self._rings = (rows, cols, blocks, loss_rows)
 
-    def _restored(self, rows: Tensor, cols: Tensor, blocks: Tensor, loss_row: Tensor) -> Node:
-        rows, cols, blocks, loss_row = (part.to(self.device).clone() for part in (rows, cols, blocks, loss_row))
-        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size, self.backend)
-
-    def _cover(self, start: int) -> Iterator[tuple[int, int]]:
-        """Aligned nodes (level, index) that cover the segments ``start ... count - 1``, oldest first."""
-        position = start
-        while position < self.count:
-            level = 0
-            while level < self.levels and position % (2 << level) == 0 and position + (2 << level) <= self.count:
-                level += 1
-            yield level, position >> level
-            position += 1 << level
-
-    def _put(self, level: int, index: int, node: Node) -> None:
-        ring = self._nodes[level]
-        ring[index % len(ring)] = node
-
-    def _get(self, level: int, index: int) -> Node:
-        ring = self._nodes[level]
-        node = ring[index % len(ring)]
-        if node is None:
-            raise IndexError(f"node {index} of level {level} is not in the tree ({self.count} segments appended)")
-        return node
-
-    def _widen(self, node: Node) -> Node:
-        """The same map written over ``S`` rows and columns, repeating the largest slot of each stream."""
-        rows, cols, blocks, loss_row = widen(
-            node.rows, node.cols, node.blocks, node.loss_row, self.num_slots, self.num_slots, self.slot_size
-        )
-        return replace(node, rows=rows, cols=cols, blocks=blocks, loss_row=loss_row)
-
-    def _identity(self) -> Node:
-        none = torch.zeros(self.batch_size, 0, dtype=torch.int64, device=self.device)
-        blocks = torch.zeros(self.batch_size, 0, 0, dtype=self.dtype, device=self.device)
-        return Node(none, none, blocks, blocks[:, 0:0].flatten(1), self.num_slots, self.slot_size, self.backend)
+    def _node(self, level: int, index: int) -> Node:
+        rows, cols, blocks, loss_row = (part[level][index % (self.capacity >> level)] for part in self._rings)
+        return Node(rows, cols, blocks, loss_row, self.num_slots, self.slot_size)
 
     def _check(self, Jh: Tensor, write: Tensor, support: Tensor, loss_row: Tensor | None) -> None:
         for name, slots in (("write", write), ("support", support)):
@@ -401,20 +374,20 @@ class CircularTree:
                 raise ValueError(
                     f"{name} must be int64 of shape ({self.batch_size}, k), got {slots.dtype} {tuple(slots.shape)}"
                 )
-            if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < self.num_slots:
-                raise ValueError(f"{name} must hold slots in 0 ... {self.num_slots - 1}, got {slots.tolist()}")
-        for stream, (w, s) in enumerate(zip(write.tolist(), support.tolist(), strict=True)):
-            if len(set(w)) != len(w) or not set(w) <= set(s):
-                raise ValueError(
-                    f"write must be distinct and contained in support, got write {w}, support {s} in stream {stream}"
-                )
+        if self.device.type == "cpu":
+            self._check_slots(write, support)
         shape = (self.batch_size, write.shape[1] * self.slot_size, support.shape[1] * self.slot_size)
         if tuple(Jh.shape) != shape or Jh.dtype != self.dtype:
             raise ValueError(f"Jh must be {self.dtype} of shape {shape}, got {Jh.dtype} {tuple(Jh.shape)}")
         if loss_row is not None and tuple(loss_row.shape) != (shape[0], shape[2]):
             raise ValueError(f"loss_row must have shape {(shape[0], shape[2])}, got {tuple(loss_row.shape)}")
 
-
-def _parts(nodes: list[Node]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Rows, columns, blocks and loss rows of some nodes."""
-    return [n.rows for n in nodes], [n.cols for n in nodes], [n.blocks for n in nodes], [n.loss_row for n in nodes]
+    def _check_slots(self, write: Tensor, support: Tensor) -> None:
+        for name, slots in (("write", write.tolist()), ("support", support.tolist())):
+            if any(not 0 <= slot < self.num_slots for row in slots for slot in row):
+                raise ValueError(f"{name} must hold slots in 0 ... {self.num_slots - 1}, got {slots}")
+        for stream, (w, s) in enumerate(zip(write.tolist(), support.tolist(), strict=True)):
+            if len(set(w)) != len(w) or not set(w) <= set(s):
+                raise ValueError(
+                    f"write must be distinct and contained in support, got write {w}, support {s} in stream {stream}"
+                )

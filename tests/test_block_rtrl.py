@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracle import bptt, cotangents, gradients_of, inputs, worst_error
 
-from sparse_rtrl import BlockRTRL, ContractError, NonFiniteError, SlotMoECell, get_expert_latent_activated
+from sparse_rtrl import BlockRTRL, ContractError, NonFiniteError, SlotMoECell, get_expert_latent_activated, ops
+from sparse_rtrl.errors import BackendError
 
 
 def model(num_experts=5):
@@ -44,11 +45,14 @@ def test_index_lists_are_those_of_the_batch():
     assert torch.equal(active["experts.weight.4"], cell.experts.weight[4])
 
 
-@pytest.mark.parametrize("catch_up", ["auto", "eager", "replay", "product"])
-def test_16_step_training_loop_has_the_gradient_of_bptt(catch_up):
+@pytest.mark.parametrize(
+    ("catch_up", "backend"),
+    [("auto", "auto"), ("auto", "reference"), ("eager", "auto"), ("replay", "auto"), ("product", "auto")],
+)
+def test_16_step_training_loop_has_the_gradient_of_bptt(catch_up, backend):
     cell, x, c = model(), inputs(16, 3), cotangents(16, 3)
     expected = bptt(cell, x, c)
-    rtrl = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, len_buffer=4, catch_up=catch_up)
+    rtrl = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, 4, catch_up, backend)
     h_t = cell.initial_state(3)
     for t in range(16):
         out, info, h_next = cell(x[t], h_t)
@@ -58,6 +62,16 @@ def test_16_step_training_loop_has_the_gradient_of_bptt(catch_up):
         h_t = h_next.detach()
     assert worst_error(gradients_of(cell), expected) <= 1e-12
     assert max(float(m.norm()) for m in rtrl.influence().values()) > 1e-3
+
+
+def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(ops, "compiled_problem", "they were not built")
+    cell, x = model(), inputs(1, 2)
+    rtrl = BlockRTRL(dict(cell.named_parameters()), 2, cell.hidden_size, backend="cpp")
+    state = cell.initial_state(2)
+    out, info, _ = cell(x[0], state)
+    with pytest.raises(BackendError, match="they were not built"):
+        rtrl.step(cell, x[0], state, out.sum(), *(get_expert_latent_activated(cell, info)[i] for i in (0, 2, 1)))
 
 
 def test_a_loss_on_the_whole_new_state():

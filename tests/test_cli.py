@@ -95,6 +95,14 @@ def test_check_passes_and_fails_with_its_exit_status(monkeypatch):
     assert "are off" in invoke("check", "--length", 17, "--slot-size", 4, status=1)
 
 
+def test_plan_prints_its_decision_and_the_cost_of_each_way():
+    rare = invoke("plan", "--num-experts", 256, "--flush-every", 64)
+    assert "lazy: keep" in rare and all(path in rare for path in ("eager", "replay", "product", "auto"))
+    assert "eager: move every expert" in invoke("plan", "--num-experts", 4, "--flush-every", 1)
+    measured = invoke("plan", "--measure")
+    assert "measured flops" in measured and "measured bytes" in measured
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -104,9 +112,11 @@ def test_check_passes_and_fails_with_its_exit_status(monkeypatch):
         (["compare", "direct", "-m", "rtrl", "-m", "rtrl"], "methods must be distinct"),
         (["check", "--length", 0], "length must be at least 1, got 0"),
         (["check", "--catch-up", "lazy"], "catch_up must be one of"),
+        (["plan", "--buffer", 0], "buffer must be"),
+        (["plan", "--flush-every", 0], "flush_every must be"),
     ],
 )
 def test_errors_are_one_line(arguments, message, tmp_path):
-    runs = [] if arguments[0] == "check" else ["--runs", tmp_path]
+    runs = [] if arguments[0] in ("check", "plan") else ["--runs", tmp_path]
     output = invoke(*arguments, *runs, status=2)
     assert message in output and "Traceback" not in output

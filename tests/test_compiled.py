@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -11,61 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import bptt, cotangents, inputs, online, worst_error
 from pattern_cell import PatternCell, make_pattern, pick
+from ring_problem import assert_as_good_as_reference, check_tree_operations, randn
 from test_tree import Dense, random_segment
 
 import sparse_rtrl.influence
 from sparse_rtrl import RTRL, CircularTree, ops, reference
+from sparse_rtrl.environment import backends
 from sparse_rtrl.errors import BackendError
 from sparse_rtrl.plan import Plan, plan, planner_built
-from sparse_rtrl.tree import leaf
 
 compiled = pytest.mark.skipif(bool(ops.compiled_problem), reason=f"no compiled operations: {ops.compiled_problem}")
 DTYPES = (torch.float32, torch.float64)
-
-
-def to(value, dtype):
-    """The same arguments with floating-point tensors in another dtype, all of them copies."""
-    if isinstance(value, (list, tuple)):
-        return [to(v, dtype) for v in value]
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
-    return value
-
-
-def outcome(module, name, arguments):
-    """What an operation returns or, for an operation in place, leaves in its first argument."""
-    result = getattr(module, name)(*arguments)
-    if result is None:
-        return [arguments[0]]
-    return list(result) if isinstance(result, tuple) else [result]
-
-
-def assert_as_good_as_reference(name, arguments, dtype):
-    """Both implementations get the same arguments, rounded to the dtype.
-
-    The reference's own error in float64 is not measured, as nothing more exact is at hand: it is that in float32, times
-    the ratio of the rounding units.
-    """
-    rounded = to(arguments, dtype)
-    exact = outcome(reference, name, to(rounded, torch.float64))
-    single = to(rounded, torch.float32)
-    own = outcome(reference, name, to(single, torch.float32))
-    own_exact = outcome(reference, name, to(single, torch.float64))
-    found = outcome(ops, name, to(rounded, dtype))
-    eps = torch.finfo(dtype).eps
-    for e, o, oe, f in zip(exact, own, own_exact, found, strict=True):
-        assert f.shape == e.shape
-        if not e.is_floating_point():
-            assert torch.equal(f, e)
-            continue
-        assert f.dtype == dtype and torch.isfinite(f).all()
-        own_error = (o.double() - oe).norm() * (eps / torch.finfo(torch.float32).eps)
-        assert (f.double() - e).norm() <= 2 * own_error + eps * e.norm()
-    return exact, found
-
-
-def randn(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 @compiled
@@ -102,7 +59,7 @@ def test_influence_update(dtype, data):
         zs,
         offsets,
     ]
-    _, (found,) = assert_as_good_as_reference("influence_update_", arguments, dtype)
+    _, (found,) = assert_as_good_as_reference(ops, "influence_update_", arguments, dtype)
     before = P.to(dtype)
     for g in range(groups):  # what is not in the pattern stays as it was, bit for bit
         kept = torch.ones(P.shape[1], dtype=torch.bool)
@@ -119,66 +76,22 @@ def test_influence_update(dtype, data):
 def test_loss_row(dtype, columns):
     generator = torch.Generator().manual_seed(0)
     arguments = [randn(generator, 5, 25, columns), randn(generator, 3, 24), torch.tensor([4, 0, 2])]
-    (exact,), _ = assert_as_good_as_reference("loss_row_", arguments, dtype)
+    (exact,), _ = assert_as_good_as_reference(ops, "loss_row_", arguments, dtype)
     assert not torch.equal(exact, arguments[0].to(dtype).double())
-
-
-def nodes_of(draw, generator, batch, slots, size, count):
-    """Random segments as nodes: per-stream patterns and widths that change from node to node, padded sets included."""
-    out = []
-    for _ in range(count):
-        kr, kw = draw(st.integers(0, slots)), draw(st.integers(0, slots))
-        write, read = pick(slots, kw, batch, generator), pick(slots, kr, batch, generator)
-        r = (kr + kw) * size
-        Jh = 0.5 * randn(generator, batch, kw * size, r)
-        out.append(leaf(Jh, write, torch.cat((read, write), 1), randn(generator, batch, r), slots, size))
-    return out
-
-
-def lists(nodes):
-    return [[n.rows for n in nodes], [n.cols for n in nodes], [n.blocks for n in nodes], [n.loss_row for n in nodes]]
 
 
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_operations_on_nodes(dtype, data):
-    draw = data.draw
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    batch, slots, size = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.sampled_from([1, 3, 8, 17]))
-    nodes = nodes_of(draw, generator, batch, slots, size, draw(st.integers(2, 5)))
-    newer, older = nodes[1], nodes[0]
-    assert_as_good_as_reference(
-        "tree_merge",
-        [
-            *(newer.rows, newer.cols, newer.blocks, newer.loss_row),
-            *(older.rows, older.cols, older.blocks, older.loss_row),
-            slots,
-            size,
-        ],
-        dtype,
-    )
-    products = draw(st.integers(1, 4))
-    depth = draw(st.integers(1, len(nodes)))
-    paths = torch.full((products, depth), -1)
-    for q in range(products):
-        length = draw(st.integers(1, depth))
-        paths[q, :length] = torch.arange(length) + draw(st.integers(0, len(nodes) - length))
-    streams = torch.randint(batch, (products,), generator=generator)
-    exact, _ = assert_as_good_as_reference(
-        "suffix_product", [*lists(nodes), streams, paths, slots, slots, slots, size], dtype
-    )
-    assert exact[2].shape == (products, slots * size, slots * size)
-    groups, columns = draw(st.integers(1, 4)), draw(st.sampled_from([1, 31, 64, 200]))
-    moved = torch.randperm(groups, generator=generator)[: draw(st.integers(0, groups))]
-    first = torch.randint(len(nodes) + 1, (len(moved),), generator=generator)
-    P = randn(generator, groups, slots * size + 1, columns)
-    of = torch.randint(batch, (len(moved),), generator=generator)
-    assert_as_good_as_reference("catch_up_", [P, *lists(nodes), of, moved, first, size], dtype)
-    starts = torch.randint(len(nodes) + 1, (batch, 3), generator=generator)
-    newest = randn(generator, batch, slots * size)
-    assert_as_good_as_reference("suffix_loss_rows", [*lists(nodes), starts, newest, size], dtype)
+def test_operations_on_rings(dtype):
+    covered = Counter()
+
+    @given(data=st.data())
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    def check(data):
+        covered.update(check_tree_operations(ops, data.draw, dtype, [1, 3, 8, 17]))
+
+    check()
+    assert min(covered[name] for name in ("wrapped", "merged", "products")) > 10
 
 
 @compiled
@@ -297,12 +210,11 @@ def test_dyadic_arithmetic_is_that_of_the_tree(count, capacity, first, data):
     from sparse_rtrl import _planner
 
     levels = data.draw(st.integers(0, _planner.highest_level(capacity)))
-    tree = CircularTree(capacity, 1, 1, 1, levels=levels, backend="reference")
-    tree.count = count
     start = data.draw(st.integers(max(0, count - capacity), count))
-    assert list(tree._cover(start)) == _planner.cover(start, count, levels)
+    assert list(reference.dyadic_cover(start, count, levels)) == _planner.cover(start, count, levels)
     built = [level for level in range(1, levels + 1) if count % (1 << level) == 0 and count - (1 << level) >= first]
     assert _planner.completed_levels(count, first, levels) == len(built)
+    assert reference.completed_levels(count, first, levels) == len(built)
 
 
 def test_backends_that_are_not_there_are_refused(monkeypatch):
@@ -311,12 +223,21 @@ def test_backends_that_are_not_there_are_refused(monkeypatch):
         ops.select("fast", device, torch.float32)
     with pytest.raises(BackendError, match=r"float32 and float64, got torch\.bfloat16"):
         ops.select("cpp", device, torch.bfloat16)
-    with pytest.raises(BackendError, match="tensors are on cuda"):
+    with pytest.raises(BackendError, match="'cpp' is for cpu, the tensors are on cuda"):
         ops.select("cpp", torch.device("cuda"), torch.float32)
+    with pytest.raises(BackendError, match="'cuda' is for cuda, the tensors are on cpu"):
+        ops.select("cuda", device, torch.float32)
+    with pytest.raises(BackendError, match=r"float32 and float64, got torch\.float16"):
+        ops.select("cuda", torch.device("cuda"), torch.float16)
+    assert ops.select("auto", torch.device("cuda"), torch.bfloat16) is reference
     assert ops.select("auto", device, torch.bfloat16) is reference
     monkeypatch.setattr(ops, "compiled_problem", "they were not built")
-    with pytest.raises(BackendError, match=r"they were not built\. Build them with"):
+    with pytest.raises(BackendError, match=r"they were not built\. Build them with 'SPARSE_RTRL_CPP=1 pip"):
         CircularTree(4, 1, 2, 2, backend="cpp")
+    monkeypatch.setattr(ops, "cuda_problem", "this torch was built for the CPU")
+    assert "CUDA C++: no, this torch was built for the CPU" in backends()
+    with pytest.raises(BackendError, match=r"built for the CPU\. Build them with 'SPARSE_RTRL_CUDA=1 pip"):
+        ops.select("cuda", torch.device("cuda"), torch.float32)
 
 
 @compiled
@@ -339,10 +260,64 @@ def test_wrong_arguments_are_refused():
 
 
 @compiled
+def test_wrong_rings_are_refused():
+    def refused(error, message, name, arguments, **changes):
+        names = [argument.name for argument in getattr(ops, name).default._schema.arguments]
+        given = {**dict(zip(names, arguments, strict=True)), **changes}
+        with pytest.raises(error, match=message):
+            getattr(ops, name)(*given.values())
+
+    tree = CircularTree(4, 2, 3, 2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(9):
+        write, read = (pick(3, 1, 2, generator) for _ in range(2))
+        segment = (torch.randn(2, 2, 4), write, torch.cat((read, write), 1), None)
+        tree.append(*segment)
+    count, leaves, slot = tree._count, [part[0] for part in tree._rings], torch.zeros(1, dtype=torch.int64)
+    append = [*tree._rings, count, *segment, 0, 3, 2]
+    refused(
+        ValueError, "write and support must fit the rings", "tree_append_", append, support=torch.zeros(2, 3).long()
+    )
+    refused(
+        ValueError,
+        "write must be contained in support",
+        "tree_append_",
+        append,
+        write=(write + 1) % 3,
+        support=segment[2] * 0 + write,
+    )
+    refused(IndexError, r"support must lie in 0 \.\.\. 2, got 3", "tree_append_", append, support=segment[2] * 0 + 3)
+    refused(ValueError, r"loss_row must be Float of shape \(2, 6\)", "tree_append_", append, loss_row=torch.randn(2, 4))
+    refused(ValueError, "one entry per level", "tree_append_", append, cols=tree._rings[1][:1])
+    refused(ValueError, "count must be Long of shape", "tree_append_", append, count=count.int())
+    refused(
+        ValueError,
+        r"cols must be Long of shape \(4, 2",
+        "tree_append_",
+        append,
+        rows=[tree._rings[0][0], *tree._rings[0][:-1]],
+    )
+    refused(
+        ValueError, "loss_rows must be Float", "tree_append_", append, loss_rows=[u.double() for u in tree._rings[3]]
+    )
+    query = [*tree._rings, count, slot, slot + 5, 3, 3, 3, 2]
+    refused(IndexError, "starts must be at least count - L = 5, got 4", "suffix_product", query, starts=slot + 4)
+    refused(RuntimeError, "must leave room for every slot", "suffix_product", query, num_rows=1, num_cols=1)
+    replay = [torch.randn(1, 7, 5), *leaves, count, slot, slot, slot + 5, 2]
+    refused(IndexError, "starts must be at least count - L = 5, got 4", "catch_up_", replay, starts=slot + 4)
+    refused(ValueError, "must be sorted", "catch_up_", replay, cols=leaves[1].flip(2))
+    refused(IndexError, r"rows must lie in 0 \.\.\. 2", "catch_up_", replay, rows=leaves[0] + 9)
+    refused(ValueError, "slot_size must divide H = 6, got 4", "catch_up_", replay, slot_size=4)
+    sweep = [*leaves, count, torch.full((2, 1), 5), torch.randn(2, 6), 2]
+    refused(ValueError, "newest must be", "suffix_loss_rows", sweep, newest=torch.randn(2, 5))
+    refused(IndexError, "starts must be at least", "suffix_loss_rows", sweep, starts=torch.full((2, 1), 4))
+
+
+@compiled
 @pytest.mark.parametrize("cpu", ["generic", "avx2"])
 def test_other_instruction_sets(cpu):
     """The operations once more in a process that uses less than this processor has."""
-    tests = ["test_influence_update", "test_loss_row", "test_operations_on_nodes"]
+    tests = ["test_influence_update", "test_loss_row", "test_operations_on_rings"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"{__file__}::{name}" for name in tests)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SPARSE_RTRL_CPU": cpu})
     if "must name instructions that this processor has" in done.stdout:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse_rtrl import SlotMoECell, estimate
-from sparse_rtrl.estimate import choose_commit_every
+from sparse_rtrl import RTRL, SlotMoECell, estimate
+from sparse_rtrl.estimate import choose_commit_every, tree_bytes
 from sparse_rtrl.parameters import ParameterGroups
 
 
@@ -30,6 +30,21 @@ def test_the_size_of_the_design_s_example():
     assert costs.recurrent_parameters == sum(recurrent) < 14_000
     assert costs.influence_bytes == 4 * (128 + 1) * costs.recurrent_parameters
     assert 4.0 < costs.influence_bytes / 2**20 < 7.0
+
+
+@pytest.mark.parametrize("commit_every", [1, 2])
+def test_bytes_of_the_tree_are_those_of_its_rings(commit_every):
+    """At most what was estimated; exactly that where every segment touches the same number of slots."""
+    torch.manual_seed(0)
+    small = cell(num_slots=8, slot_size=4, num_experts=9)
+    learner = RTRL(small, 3, buffer=5, commit_every=commit_every, catch_up="product")
+    with torch.no_grad():
+        routing = small.route(torch.zeros(3, 4), small.initial_state(3))
+    for _ in range(8):
+        learner(torch.randn(3, 4)).sum().backward()
+    found = learner._engine.influence.tree.nbytes
+    bound = tree_bytes(small, 3, routing, 5, commit_every, 4)
+    assert 0 < found <= bound and (commit_every > 1 or found == bound)
 
 
 def test_bytes_of_bptt_grow_with_the_batch_and_batch_size_is_checked():

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import bptt, cotangents, gradients_of, inputs, online, worst_error
 from pattern_cell import PatternCell, make_pattern
+from test_tree import swap_products
 from torch.func import functional_call
 
 from sparse_rtrl import RTRL, SlotMoECell, SparseLatentMoECell, ops
 from sparse_rtrl.influence import Influence
 from sparse_rtrl.jacobian import JacobianCapture
-from sparse_rtrl.tree import CircularTree, Node
+from sparse_rtrl.tree import CircularTree
 
 CATCH_UPS = ("eager", "replay", "product", "auto")
 EXACT = 1e-12
@@ -294,11 +295,6 @@ def _no_catch_up(monkeypatch):
     monkeypatch.setattr(Influence, "_catch_up", skip)
 
 
-def _swapped_products(monkeypatch):
-    original = Node.compose
-    monkeypatch.setattr(Node, "compose", lambda self, older: original(older, self))
-
-
 def _truncated(monkeypatch):
     monkeypatch.setattr(ops, "loss_row_", lambda P, u, groups: None)
 
@@ -308,7 +304,7 @@ def _unpaid(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [_no_write_columns, _no_catch_up, _swapped_products, _truncated, _unpaid], ids=lambda f: f.__name__
+    "wrong", [_no_write_columns, _no_catch_up, swap_products, _truncated, _unpaid], ids=lambda f: f.__name__
 )
 def test_wrong_variants_are_seen(wrong, monkeypatch):
     steps, batch = 50, 3

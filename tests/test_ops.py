@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_rtrl import ops
+from sparse_rtrl import CircularTree, ops
 from sparse_rtrl.reference import slot_entries
 
 
@@ -91,10 +91,23 @@ def test_loss_row():
 
 
 def test_opcheck():
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.sparse_rtrl.influence_update_.default, tuple(problem()), test_utils=tests)
-    P, u = torch.randn(5, 7, 3), torch.randn(2, 6)
-    torch.library.opcheck(torch.ops.sparse_rtrl.loss_row_.default, (P, u, torch.tensor([4, 1])), test_utils=tests)
-    rows, cols = torch.tensor([[0, 2]]), torch.tensor([[0, 1, 2]])
-    node = (rows, cols, torch.randn(1, 4, 6), torch.randn(1, 6))
-    torch.library.opcheck(torch.ops.sparse_rtrl.tree_merge.default, (*node, *node, 4, 2), test_utils=tests)
+    def check(name, *arguments):
+        operation = getattr(torch.ops.sparse_rtrl, name).default
+        torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+        checked.add(name)
+
+    checked: set[str] = set()
+    check("influence_update_", *problem())
+    check("loss_row_", torch.randn(5, 7, 3), torch.randn(2, 6), torch.tensor([4, 1]))
+    tree = CircularTree(4, 2, 3, 2)
+    write, support = torch.tensor([[0], [2]]), torch.tensor([[1, 0], [2, 2]])
+    segment = (torch.randn(2, 2, 4), write, support, torch.randn(2, 6))
+    for _ in range(5):
+        tree.append_segment(*segment)
+    leaves = [part[0] for part in tree._rings]
+    streams, starts = torch.tensor([1, 0, 1]), torch.tensor([2, 5, 1])
+    check("tree_append_", *tree._rings, tree._count, *segment, 0, 3, 2)
+    check("suffix_product", *tree._rings, tree._count, streams, starts, 3, 3, 3, 2)
+    check("catch_up_", torch.randn(4, 7, 5), *leaves, tree._count, streams, torch.tensor([3, 0, 1]), starts, 2)
+    check("suffix_loss_rows", *leaves, tree._count, torch.tensor([[1, 2], [5, 4]]), torch.randn(2, 6), 2)
+    assert checked == set(ops.NAMES)

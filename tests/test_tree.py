@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_cell import pick
 
-from sparse_rtrl import CircularTree, Node
+from sparse_rtrl import CircularTree, ops, reference
 from sparse_rtrl.reference import slot_entries, union_slots
+from sparse_rtrl.tree import ring_bytes, ring_widths
 
 SLOTS, SIZE = 5, 2
 HIDDEN = SLOTS * SIZE
@@ -71,11 +72,18 @@ def test_every_suffix_over_three_wraps(capacity, levels):
             tree.suffix(start)
 
 
+def swap_products(monkeypatch):
+    """Multiply maps in the wrong order, wherever the tree multiplies."""
+    merge = reference.tree_merge
+    monkeypatch.setattr(reference, "tree_merge", lambda *nodes: merge(*nodes[4:8], *nodes[:4], *nodes[8:]))
+    for name in ("tree_append_", "suffix_product"):
+        monkeypatch.setattr(ops, name, getattr(reference, name))
+
+
 def test_the_product_does_not_commute_and_the_comparison_sees_it(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     tree, dense = CircularTree(8, 1, SLOTS, SIZE, torch.float64), Dense(1)
-    original = Node.compose
-    monkeypatch.setattr(Node, "compose", lambda newer, older: original(older, newer))
+    swap_products(monkeypatch)
     for _ in range(12):
         segment = random_segment(1, generator)
         tree.append(*segment)
@@ -149,6 +157,51 @@ def test_resume_bit_for_bit():
     assert torch.equal(tree.suffix(start).dense(), other.suffix(start).dense())
     with pytest.raises(ValueError, match="capacity"):
         CircularTree(6, 2, SLOTS, SIZE, torch.float64).load_state_dict(tree.state_dict())
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_what_an_append_builds(data):
+    """Every place of every ring, against segments multiplied one by one: nothing else is built."""
+    batch, capacity = 2, data.draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    tree, dense = CircularTree(capacity, batch, SLOTS, SIZE, torch.float64), Dense(batch)
+    first = data.draw(st.integers(0, 5))
+    tree.begin_at(first)
+    assert tree.nbytes == 0
+    built: dict[tuple[int, int], int] = {}
+    for _ in range(data.draw(st.integers(1, 20))):
+        segment = random_segment(batch, generator, data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2)))
+        tree.append(*segment)
+        dense.append(*segment)
+        for level in range(tree.levels + 1):
+            index = (tree.count >> level) - 1
+            if tree.count % (1 << level) == 0 and index << level >= first:
+                built[level, index] = built.get((level, index), 0) + 1
+    assert set(built.values()) == {1} and tree.merges == sum(level > 0 for level, _ in built)
+    for level, index in built:
+        if index + (capacity >> level) > max(i for lv, i in built if lv == level):
+            maps = dense.maps[(index << level) - first : ((index + 1) << level) - first]
+            product = Dense(batch)
+            product.maps = maps
+            assert_node(tree._node(level, index), *product.suffix(0))
+    widths = ring_widths(tree.levels, capacity, SLOTS, tree._rings[0][0].shape[2], tree._rings[1][0].shape[2])
+    assert tree.nbytes == ring_bytes(widths, batch, SIZE, 8) > 0
+
+
+def test_the_count_on_the_device_is_read_back():
+    generator = torch.Generator().manual_seed(0)
+    tree, other = (CircularTree(4, 1, SLOTS, SIZE, torch.float64) for _ in range(2))
+    segments = [random_segment(1, generator) for _ in range(7)]
+    for segment in segments:
+        tree.append(*segment)
+    other.append(*segments[0])
+    for segment in segments[1:]:  # as the replay of a CUDA graph would
+        Jh, write, support, _ = segment
+        ops.tree_append_(*other._rings, other._count, Jh, write, support, None, 0, SLOTS, SIZE)
+    other.refresh_count()
+    assert (other.count, other.merges) == (tree.count, tree.merges) == (7, 4)
+    assert torch.equal(other.suffix(3).dense(), tree.suffix(3).dense())
 
 
 def test_union_of_sets_of_different_size():

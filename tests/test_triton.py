@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from pattern_cell import pick
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import bptt, cotangents, inputs, online, worst_error
+from pattern_cell import PatternCell, make_pattern, pick
+from ring_problem import check_tree_operations
 
-from sparse_rtrl import ops, reference, triton_backend
+from sparse_rtrl import RTRL, ops, reference, triton_backend
 from sparse_rtrl.errors import BackendError
-from sparse_rtrl.tree import leaf
 
 pytest.importorskip("triton")
 
@@ -290,19 +293,10 @@ def ring_problem(slots, size, capacity, batch, generator):
         kw, ks = torch.randint(1, slots + 1, (2,), generator=generator).tolist()
         write, read = pick(slots, kw, batch, generator), pick(slots, ks, batch, generator)
         r = (kw + ks) * size
-        Jh, u = randn(generator, batch, kw * size, r) / r**0.5, randn(generator, batch, r)
-        node = leaf(Jh, write, torch.cat((read, write), 1), u, slots, size)
-        places.append(reference.widen(node.rows, node.cols, node.blocks, node.loss_row, slots, slots, size))
+        Jh, u = randn(generator, batch, kw * size, r) / r**0.5, randn(generator, batch, slots * size)
+        node = reference.leaf(Jh, write, torch.cat((read, write), 1), u, slots, size)
+        places.append(reference.widen(*node, slots, slots, size))
     return [torch.stack(part) for part in zip(*places, strict=True)]
-
-
-def replayed(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_size):
-    """What ``catch_up_`` does, in plain PyTorch."""
-    for t in range(int(starts.min()), int(count)):
-        moving, n = (starts <= t).nonzero().flatten(), t % len(rows)
-        reference.influence_update_(
-            P, blocks[n], rows[n], cols[n], loss_rows[n], streams[moving], groups[moving], [], [], []
-        )
 
 
 def catch_up_problem(slots=4, size=5, capacity=4, count=6, columns=21, seed=0):
@@ -328,7 +322,6 @@ CATCH_UPS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", CATCH_UPS)
 def test_catch_up(shape, dtype, device, monkeypatch):
-    monkeypatch.setattr(reference, "catch_up_", replayed)
     if "large" in shape:
         monkeypatch.setattr(catch_up, "choose_column", lambda *sizes: None)
     arguments = catch_up_problem(**CATCH_UPS[shape])
@@ -345,7 +338,7 @@ def test_comparison_of_catch_ups_can_fail(device):
     """A segment left out at the old or the new end, another stream, or no loss row: each shows."""
     arguments = catch_up_problem()
     exact = to(arguments, torch.float64, "cpu")
-    replayed(*exact)
+    reference.catch_up_(*exact)
     for index, wrong in (
         (8, arguments[8] + 1),
         (5, arguments[5] - 1),
@@ -370,13 +363,6 @@ def test_catch_up_and_update(shape, dtype, device, monkeypatch):
     now = problem(slots, size, kw=kw, columns=columns, groups=7, terms=((2, 2, 4), (1, 3, 2)), loss=shape != "no loss")
     now[0], now[5], now[6] = past[0], past[6], past[7]
     both = [*past, *now[1:5], *now[7:]]
-
-    def in_sequence(P, *rest):
-        replayed(P, *rest[:9])
-        Jh, write, support, u, deltas, zs, offsets = rest[9:]
-        reference.influence_update_(P, Jh, write, support, u, rest[5], rest[6], deltas, zs, offsets)
-
-    monkeypatch.setattr(reference, "catch_up_update_", in_sequence, raising=False)
     error, own, before, after = errors("catch_up_update_", both, dtype, device)
     assert error <= 2 * own + torch.finfo(dtype).eps
     assert_unchanged_outside(before, after, past[7].tolist(), lambda group: list(range(past[0].shape[1])))
@@ -465,6 +451,27 @@ def test_runs_are_repeatable(device):
     for arguments in (first, second):
         triton_kernels.influence_update_(*arguments)
     assert torch.equal(first[0], second[0])
+
+
+@on_devices
+@given(data=st.data())
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
+def test_operations_on_rings_of_a_tree(data, device):
+    """What a tree leaves in its rings, whatever its widths, at counts before and after it wraps."""
+    module = ops.select("triton", torch.device(device), torch.float64)
+    check_tree_operations(module, data.draw, torch.float64, [3], device)
+
+
+@on_devices
+def test_learner_has_the_gradient_of_bptt(device):
+    """Experts that sleep, expire and are paid, all through the kernels."""
+    steps, batch = 14, 2
+    torch.manual_seed(0)
+    cell = PatternCell(make_pattern("random", steps, batch), dense=False).double().to(device)
+    x, c = inputs(steps, batch).to(device), cotangents(steps, batch).to(device)
+    learner = RTRL(cell, batch, buffer=3, commit_every=1, catch_up="replay", backend="triton")
+    assert worst_error(online(learner, x, c, 1), bptt(cell, x, c)) <= 1e-12
+    assert min(learner.events.get(event, 0) for event in ("wakes", "expiries", "payments", "replays")) > 0
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../block_sparse.h"
+#include "../rings.h"
 
 namespace sparse_rtrl {
 
@@ -57,86 +57,12 @@ struct LossRow {
   int64_t count;            // M
 };
 
-// One batch of maps, a view per stream at regular distances.
-template <typename T>
-struct NodeBatch {
-  const int64_t* rows;  // (B, R)
-  const int64_t* cols;  // (B, C)
-  const T* blocks;      // (B, R * D, C * D)
-  const T* loss_row;    // (B, C * D)
-  int64_t num_rows;     // R
-  int64_t num_cols;     // C
-  int64_t slot_size;    // D
-
-  BlockSparseView<T> stream(int64_t b) const {
-    return {rows + b * num_rows,
-            cols + b * num_cols,
-            blocks + b * num_rows * num_cols * slot_size * slot_size,
-            loss_row + b * num_cols * slot_size,
-            num_rows,
-            num_cols,
-            slot_size};
-  }
-};
-
-// Where products go: room for R' = num_rows and C' = num_cols slots, filled up as BlockSparseView says.
-template <typename T>
-struct NodeOutput {
-  int64_t* rows;  // (Q, R')
-  int64_t* cols;  // (Q, C')
-  T* blocks;      // (Q, R' * D, C' * D)
-  T* loss_row;    // (Q, C' * D)
-  int64_t num_rows;
-  int64_t num_cols;
-};
-
-// Products of nodes along paths, one per pair (stream, path); a merge is a path of two.
-template <typename T>
-struct SuffixProduct {
-  const NodeBatch<T>* nodes;  // distinct nodes
-  const int64_t* streams;     // (Q,)
-  const int64_t* paths;       // (Q, depth): indices of nodes, oldest first, -1 for none
-  int64_t count;              // Q
-  int64_t depth;
-  int64_t num_slots;  // S
-  int64_t slot_size;  // D
-  NodeOutput<T> out;
-};
-
-// Influence matrices through the nodes of their paths, one after the other, each column tile read and written once.
-template <typename T>
-struct CatchUp {
-  T* P;                       // (G, H + 1, N)
-  int64_t rows_per_matrix;    // H + 1
-  int64_t columns;            // N
-  const NodeBatch<T>* nodes;  // distinct nodes
-  int64_t num_nodes;
-  int64_t batch;           // B
-  const int64_t* streams;  // (M,)
-  const int64_t* groups;   // (M,), distinct
-  const int64_t* first;    // (M,): node that the matrix starts from; it goes through all nodes from there on
-  int64_t count;           // M
-  int64_t slot_size;       // D
-};
-
-// Loss rows of many suffixes of consecutive nodes in one backward sweep.
-template <typename T>
-struct SuffixLossRows {
-  const NodeBatch<T>* nodes;  // consecutive segments, oldest first
-  int64_t num_nodes;
-  const int64_t* starts;  // (B, E): number of the node that the suffix starts from; num_nodes for none
-  const T* newest;        // row vector at the end, (B, H)
-  T* out;                 // (B, E, H)
-  int64_t batch;          // B
-  int64_t experts;        // E
-  int64_t hidden;         // H
-};
-
 template <typename T>
 struct Kernels {
   const char* name;
   void (*influence_update)(const InfluenceUpdate<T>&, const Parallel&);
   void (*loss_row)(const LossRow<T>&, const Parallel&);
+  void (*tree_append)(const TreeAppend<T>&, const Parallel&);
   void (*suffix_product)(const SuffixProduct<T>&, const Parallel&);
   void (*catch_up)(const CatchUp<T>&, const Parallel&);
   void (*suffix_loss_rows)(const SuffixLossRows<T>&, const Parallel&);

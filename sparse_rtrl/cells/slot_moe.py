@@ -79,16 +79,18 @@ class SlotMoECell(SlotCell):
 
     .. math::
         c &= \sum_{i \in read} \sigma(q \cdot k_i / \sqrt{d}) \, v_i, \qquad z = u + c, \\
-        (r, a, b) &= \mathrm{control}(z), \qquad m = \sum_{e \in experts} \sigma(r_e) (W_e z + w_e), \\
+        (a, b) &= \mathrm{control}(z), \qquad (m_e, r_e) = W_e z + w_e, \qquad
+        m = \sum_{e \in experts} \sigma(r_e) \, m_e, \\
         g_i &= \mathrm{clip}(\tfrac12 + \tfrac12 a + \tfrac16 b \cdot s_i / \sqrt{D}, 0, 1), \\
         \tilde h_i &= \tanh(Q h_i + m), \qquad Q^\top Q = I, \\
         h_i &\leftarrow (1 - g_i) \odot h_i + g_i \odot \tilde h_i \qquad \text{for } i \in write.
 
     Read are the slots with the largest scores ``q · k_i``, summed over the heads; written those with the largest
-    importance ``b · s_i``; active the experts with the largest ``r_e``. Each score is also the soft weight of what it
-    selects, so selection trains. Sigmoid weights, unlike a softmax, train also when only one item is selected. The
-    piecewise linear gate can close completely, so that content survives any number of steps; a sigmoid only gets small,
-    and its leak empties a slot after some thousand steps.
+    importance ``b · s_i``; active the experts with the largest ``r_e``, the last output of each expert: the row that
+    routes to an expert belongs to it, so the core does not grow with their number. Each score is also the soft weight
+    of what it selects, so selection trains. Sigmoid weights, unlike a softmax, train also when only one item is
+    selected. The piecewise linear gate can close completely, so that content survives any number of steps; a sigmoid
+    only gets small, and its leak empties a slot after some thousand steps.
 
     Args:
         input_size: size of the input of a step.
@@ -142,13 +144,13 @@ class SlotMoECell(SlotCell):
         self.slot_table = nn.Parameter(torch.randn(num_slots, slot_size))
         self.query_token = nn.Linear(input_size, 2 * slot_size)
         self.key_value = nn.Linear(slot_size, 2 * slot_size, bias=False)
-        self.control = nn.Linear(slot_size, num_experts + 2 * slot_size)
-        self.experts = ExpertBank(num_experts, slot_size, slot_size)
+        self.control = nn.Linear(slot_size, 2 * slot_size)
+        self.experts = ExpertBank(num_experts, slot_size, slot_size + 1)
         self.core = parametrizations.orthogonal(nn.Linear(slot_size, slot_size, bias=False), orthogonal_map="cayley")
         self.readout = OutputAttention(input_size, slot_size, output_size)
         nn.init.kaiming_normal_(self.query_token.weight)
         with torch.no_grad():
-            self.control.bias[num_experts : num_experts + slot_size] = gate_bias
+            self.control.bias[:slot_size] = gate_bias
 
     def extra_repr(self) -> str:
         """Sizes of the cell, for ``print``."""
@@ -159,10 +161,6 @@ class SlotMoECell(SlotCell):
 
     def _heads(self, vectors: Tensor) -> Tensor:
         return vectors.unflatten(-1, (self.num_heads, -1))
-
-    def _control(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Expert logits ``(B, E)``, gate pre-activation ``(B, D)`` and write query ``(B, D)``."""
-        return self.control(mixed).split((self.num_experts, self.slot_size, self.slot_size), dim=-1)
 
     def route(self, x: Tensor, state: Tensor) -> Routing:
         """Choose slots by attention score and importance, and experts by router logit; see the class docstring.
@@ -181,7 +179,10 @@ class SlotMoECell(SlotCell):
         read = scores.sum(-1).topk(self.read_slots, dim=1).indices
         weights = torch.sigmoid(gather_slots(scores, read) / math.sqrt(self.slot_size // self.num_heads))
         context = (weights.unsqueeze(-1) * self._heads(gather_slots(value, read))).sum(1).flatten(1)
-        logits, _, write_query = self._control(token + context)
+        mixed = token + context
+        write_query = self.control(mixed)[:, self.slot_size :]
+        assert self.experts.bias is not None
+        logits = F.linear(mixed, self.experts.weight[:, -1], self.experts.bias[:, -1])  # (B, E)
         importance = torch.matmul(slots, write_query.unsqueeze(-1)).squeeze(-1)  # (B, S)
         return Routing(
             read,
@@ -201,10 +202,10 @@ class SlotMoECell(SlotCell):
         weights = torch.sigmoid(scores / math.sqrt(self.slot_size // self.num_heads))
         mixed = token + (weights * self._heads(value)).sum(1).flatten(1)  # (B, D)
 
-        logits, gate, write_query = self._control(mixed)
-        outputs = self.experts(mixed.unsqueeze(1).expand(-1, self.top_k, -1), routing.experts)  # (B, k, D)
-        expert_weights = torch.sigmoid(logits.gather(1, routing.experts))
-        mixture = torch.matmul(expert_weights.unsqueeze(1), outputs)  # (B, 1, D)
+        gate, write_query = self.control(mixed).chunk(2, dim=-1)
+        outputs = self.experts(mixed.unsqueeze(1).expand(-1, self.top_k, -1), routing.experts)  # (B, k, D + 1)
+        expert_weights = torch.sigmoid(outputs[..., -1:]).transpose(1, 2)  # (B, 1, k)
+        mixture = torch.matmul(expert_weights, outputs[..., :-1])  # (B, 1, D)
 
         importance = torch.matmul(slots_write, write_query.unsqueeze(-1)) / math.sqrt(self.slot_size)  # (B, kw, 1)
         candidate = torch.tanh(self.core(h_write) + mixture)

@@ -3,8 +3,8 @@
 #include <set>
 #include <vector>
 
-#include "block_sparse.h"
 #include "check.h"
+#include "rings.h"
 
 int main() {
   std::mt19937 generator(0);
@@ -27,11 +27,12 @@ int main() {
     const int64_t n = sparse_rtrl::union_slots(sets[0].data(), k1, sets[1].data(), k2, out.data(), size);
     CHECK(n == static_cast<int64_t>(together.size()));
     CHECK(std::vector<int64_t>(out.begin(), out.begin() + n) == std::vector<int64_t>(together.begin(), together.end()));
-    for (int64_t i = n; i < size; ++i) CHECK(out[i] == out[n - 1] && !sparse_rtrl::is_first(out.data(), i));
+    for (int64_t i = n; i < size; ++i) CHECK(out[i] == out[n - 1]);
+    CHECK(sparse_rtrl::num_distinct(out.data(), size) == n);
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       const int64_t at = sparse_rtrl::find_slot(out.data(), size, slot);
       CHECK((at >= 0) == (together.count(slot) > 0));
-      if (at >= 0) CHECK(out[at] == slot && sparse_rtrl::is_first(out.data(), at));
+      if (at >= 0) CHECK(out[at] == slot && (at == 0 || out[at - 1] != slot));
     }
     if (n > 1) {  // too little room: counted, not written
       std::vector<int64_t> small(2, -7);
