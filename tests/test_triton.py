@@ -27,7 +27,7 @@ from sparse_rtrl.triton_kernels import catch_up, launch, loss_row, segment_updat
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels run on the GPU")),
-    pytest.param("cuda", marks=pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")]),
 ]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 DTYPES = (torch.float32, torch.float64)
@@ -523,6 +523,7 @@ def test_learner_has_the_gradient_of_bptt(device):
     assert min(learner.events.get(event, 0) for event in ("wakes", "expiries", "payments", "replays")) > 0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")
 def test_no_host_synchronisation_and_graph_capture():
     """A replayed CUDA graph of catch-up, update and loss row does what the calls do."""
