@@ -610,7 +610,7 @@ def test_kernels_compile_ahead_of_time(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["capability"] for row in rows} == {80, 90}
-    products = ("influence_update_kernel", "segment_product_kernel")
+    products = ("influence_update_kernel", "segment_product_kernel", "catch_up_kernel")
     for row in rows:
         assert row["spilled"] == 0, row
         if row["kernel"] in products:
