@@ -11,10 +11,10 @@ TRITON := triton==3.6.0
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test ctest sanitize lint format clean
+.PHONY: help install demo test gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -37,6 +37,9 @@ demo: $(STAMP)  ## Train the slot cell with RTRL, BPTT and TBPTT and compare the
 test: $(STAMP)  ## Run the tests, one process per core, and every benchmark once
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-disable
+
+gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network
+	$(PYTHON) -m bench.gpu_check
 
 ctest: $(STAMP)  ## Build and run the C++ tests
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -179,6 +178,8 @@ def check_memory(
     if like.is_cuda:
         available = torch.cuda.mem_get_info(like.device)[0]
     else:
+        import psutil  # a machine that only runs the kernels on its GPU may be without it
+
         available = psutil.virtual_memory().available
     if needed > available:
         raise MemoryError(

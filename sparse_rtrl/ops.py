@@ -40,11 +40,24 @@ _library.define(
     " Tensor groups, Tensor starts, int slot_size) -> ()"
 )
 _library.define(
+    "catch_up_update_(Tensor(a!) P, Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count,"
+    " Tensor streams, Tensor groups, Tensor starts, int slot_size, Tensor Jh, Tensor write, Tensor support,"
+    " Tensor? loss_row, Tensor[] deltas, Tensor[] zs, int[] offsets) -> ()"
+)
+_library.define(
     "suffix_loss_rows(Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor starts,"
     " Tensor newest, int slot_size) -> Tensor"
 )
 
-NAMES = ("influence_update_", "loss_row_", "tree_append_", "suffix_product", "catch_up_", "suffix_loss_rows")
+NAMES = (
+    "influence_update_",
+    "loss_row_",
+    "tree_append_",
+    "suffix_product",
+    "catch_up_",
+    "catch_up_update_",
+    "suffix_loss_rows",
+)
 
 for _name in NAMES:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -81,6 +94,11 @@ def _(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_siz
     return None
 
 
+@torch.library.register_fake("sparse_rtrl::catch_up_update_", lib=_library)
+def _(P, *arguments):
+    return None
+
+
 @torch.library.register_fake("sparse_rtrl::suffix_loss_rows", lib=_library)
 def _(rows, cols, blocks, loss_rows, count, starts, newest, slot_size):
     return newest.new_empty(*starts.shape, newest.shape[1])
@@ -106,13 +124,14 @@ compiled_problem = _load_compiled("_cpu")
 cuda_problem = _load_compiled("_cuda")
 """Why the compiled CUDA operations are missing; empty if they are there."""
 
-triton_backend.register(_library, ("influence_update_", "loss_row_", "catch_up_"))
+triton_backend.register(_library, ("influence_update_", "loss_row_", "catch_up_", "catch_up_update_"))
 
 influence_update_ = torch.ops.sparse_rtrl.influence_update_
 loss_row_ = torch.ops.sparse_rtrl.loss_row_
 tree_append_ = torch.ops.sparse_rtrl.tree_append_
 suffix_product = torch.ops.sparse_rtrl.suffix_product
 catch_up_ = torch.ops.sparse_rtrl.catch_up_
+catch_up_update_ = torch.ops.sparse_rtrl.catch_up_update_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
 
 
@@ -124,7 +143,8 @@ def select(
     Args:
         backend: ``"auto"`` takes what is built for the device and dtype, else the reference; ``"reference"`` is plain
             PyTorch; ``"cpp"`` is the compiled CPU operations; ``"cuda"`` the compiled CUDA operations: those of the
-            tree and ``catch_up_``, while all others run as with ``"auto"``; ``"triton"`` is the Triton kernels.
+            tree and ``catch_up_``, while all others run as with ``"auto"``; ``"triton"`` the Triton kernels:
+            ``influence_update_``, ``loss_row_`` and ``catch_up_``, while all others run as with ``"auto"``.
         device: of the tensors.
         dtype: of the influence.
         precision: of the products of ``"triton"``; every other backend computes in the dtype itself.

@@ -421,6 +421,50 @@ def catch_up_(
         influence_update_(P, blocks[at], rows[at], cols[at], loss_rows[at], streams[moving], groups[moving], [], [], [])
 
 
+def catch_up_update_(
+    P: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    blocks: Tensor,
+    loss_rows: Tensor,
+    count: Tensor,
+    streams: Tensor,
+    groups: Tensor,
+    starts: Tensor,
+    slot_size: int,
+    Jh: Tensor,
+    write: Tensor,
+    support: Tensor,
+    loss_row: Tensor | None,
+    deltas: Sequence[Tensor],
+    zs: Sequence[Tensor],
+    offsets: Sequence[int],
+) -> None:
+    """:func:`catch_up_`, then :func:`influence_update_` of the same matrices, in place.
+
+    Args:
+        P: influence matrices ``(G, H + 1, N)``; this and all up to ``slot_size`` as in :func:`catch_up_`.
+        rows: ``(L, B, R)`` int64.
+        cols: ``(L, B, C)`` int64.
+        blocks: ``(L, B, R * D, C * D)``.
+        loss_rows: ``(L, B, C * D)``.
+        count: 0-dim int64.
+        streams: ``(M,)`` int64.
+        groups: ``(M,)`` int64.
+        starts: ``(M,)`` int64.
+        slot_size: ``D``.
+        Jh: ``(B, kw * D, ks * D)``; this and all that follow as in :func:`influence_update_`.
+        write: ``(B, kw)`` int64.
+        support: ``(B, ks)`` int64.
+        loss_row: ``(B, ks * D)`` or None.
+        deltas: per captured parameter ``(M, kw * D, τ, m)``.
+        zs: per captured parameter ``(M, τ, j)``.
+        offsets: first column of each captured parameter.
+    """
+    catch_up_(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_size)
+    influence_update_(P, Jh, write, support, loss_row, streams, groups, deltas, zs, offsets)
+
+
 def suffix_loss_rows(
     rows: Tensor,
     cols: Tensor,

@@ -4,6 +4,7 @@ Run in a process without ``TRITON_INTERPRET``: ``python tests/compile_kernels.py
 the launch, which is replaced by a compilation for sm_80 and sm_90; so what is compiled is what is shipped.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -93,57 +94,55 @@ def catch_up_arguments(hidden, w, dtype, capacity=4):
     return [P[:, : hidden + 1], *ring, Jh, write, support, u, deltas, zs, offsets]
 
 
+UPDATES = (
+    (16, torch.float32, ("ieee",)),
+    (32, torch.float32, ("tf32x3",)),
+    (64, torch.float32, launch.PRECISIONS),
+    (128, torch.float32, ("ieee", "tf32x3")),
+    (256, torch.float32, ("ieee", "tf32x3")),
+    (64, torch.float64, ("ieee",)),
+    (64, torch.bfloat16, ("ieee",)),
+)
+"""Written rows, dtype of the influence and precisions of the updates that are compiled."""
+
+CATCH_UPS = (
+    (64, 64, torch.float32, "ieee"),
+    (256, 64, torch.float32, "ieee"),
+    (256, 128, torch.float32, "tf32x3"),
+    (128, 32, torch.bfloat16, "ieee"),
+)
+"""State size, written rows, dtype of the influence and precision of the catch-ups that are compiled."""
+
+
 def launches():
-    """Names and calls of what is shipped: every tile shape, every precision, every storage."""
-    seed = torch.tensor(0)
-    update, loss = triton_kernels.influence_update_, triton_kernels.loss_row_
-    for w in (16, 32, 64, 128, 256):
-        for precision in launch.PRECISIONS:
-            if precision == "tf32" and w not in (64, 256):
-                continue
-            arguments = update_arguments(w, torch.float32)
-            yield f"influence_update w={w} float32 {precision}", lambda a=arguments, p=precision: update(*a, p)
-    for w in (64, 128, 256):
-        arguments = update_arguments(w, torch.float64)
-        yield f"influence_update w={w} float64 ieee", lambda a=arguments: update(*a)
-    for precision in ("ieee", "tf32x3"):
-        arguments = update_arguments(64, torch.bfloat16)
-        yield f"influence_update w=64 bfloat16 {precision}", lambda a=arguments, p=precision: update(*a, p, seed)
-    catch_up = triton_kernels.catch_up_update_
-    for hidden, w, dtype, precision in (
-        (128, 32, torch.float32, "ieee"),
-        (256, 64, torch.float32, "ieee"),
-        (256, 64, torch.float32, "tf32x3"),
-        (256, 128, torch.float32, "ieee"),
-        (64, 64, torch.float32, "tf32x3"),
-        (256, 64, torch.float64, "ieee"),
-        (256, 64, torch.bfloat16, "ieee"),
-    ):
-        a = catch_up_arguments(hidden, w, dtype)
-        key = seed if dtype == torch.bfloat16 else None
+    """Names and calls of what is compiled: every tile shape and every kind of arithmetic and storage at least once."""
+    for w, dtype, precisions in UPDATES:
+        for precision in precisions:
+            arguments, seed = update_arguments(w, dtype), torch.tensor(0) if dtype == torch.bfloat16 else None
+            name = f"influence_update w={w} {str(dtype)[6:]} {precision}"
+            yield name, functools.partial(triton_kernels.influence_update_, *arguments, precision, seed)
+    for hidden, w, dtype, precision in CATCH_UPS:
+        arguments, seed = catch_up_arguments(hidden, w, dtype), torch.tensor(0) if dtype == torch.bfloat16 else None
         name = f"catch_up_update H={hidden} w={w} {str(dtype)[6:]} {precision}"
-        yield name, lambda a=a, p=precision, key=key: catch_up(*a, p, key)
+        yield name, functools.partial(triton_kernels.catch_up_update_, *arguments, precision, seed)
+    arguments = catch_up_arguments(256, 64, torch.float32)[:10]
+    yield "catch_up H=256 w=64 float32 ieee", functools.partial(triton_kernels.catch_up_, *arguments)
     P, u, group = torch.empty(1, 65, 256), torch.empty(1, 64), torch.zeros(1, dtype=torch.int64)
-    yield "loss_row float32 ieee", lambda: loss(P, u, group)
+    yield "loss_row float32 ieee", functools.partial(triton_kernels.loss_row_, P, u, group)
+
+
+def compile_instead(name, kernel, programs, arguments, **constants):
+    """What takes the place of a launch."""
+    for capability in (80, 90):
+        row = {"name": name, "kernel": kernel.fn.__name__, "capability": capability}
+        print(json.dumps(row | describe(compile_launch(capability, kernel, arguments, dict(constants)))), flush=True)
 
 
 def main():
-    current = {}
-
-    def compile_instead(kernel, programs, arguments, **constants):
-        for capability in (80, 90):
-            if capability == 80 and not current["both"]:
-                continue
-            row = {"name": current["name"], "kernel": kernel.fn.__name__, "capability": capability}
-            print(
-                json.dumps(row | describe(compile_launch(capability, kernel, arguments, dict(constants)))), flush=True
-            )
-
     assert not launch.INTERPRETED, "unset TRITON_INTERPRET"
-    launch.run = compile_instead
     launch.check_device = lambda P: None
     for name, call in launches():
-        current.update(name=name, both=True)
+        launch.run = functools.partial(compile_instead, name)
         call()
 
 

@@ -6,6 +6,7 @@ touch stays as it was, bit for bit, and what it must not read would show.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pattern_cell import pick
+from oracle import bptt, cotangents, inputs, online, worst_error
+from pattern_cell import PatternCell, make_pattern, pick
 
-from sparse_rtrl import ops, reference, triton_backend
+from sparse_rtrl import RTRL, ops, reference, triton_backend
 from sparse_rtrl.errors import BackendError
-from sparse_rtrl.tree import leaf
 
 pytest.importorskip("triton")
 
@@ -26,7 +27,7 @@ from sparse_rtrl.triton_kernels import catch_up, launch, loss_row, segment_updat
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels run on the GPU")),
-    pytest.param("cuda", marks=pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")]),
 ]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 DTYPES = (torch.float32, torch.float64)
@@ -90,10 +91,10 @@ def errors(name, arguments, dtype, device, ours=None, **options):
     """
     rounded = to(arguments, dtype, "cpu")
     single = to(rounded, torch.float32, "cpu")
-    exact, own, own_exact = to(rounded, torch.float64, "cpu"), to(single, torch.float32, "cpu"), None
+    exact, own = to(rounded, torch.float64, "cpu"), to(single, torch.float32, "cpu")
     own_exact = to(single, torch.float64, "cpu")
-    for given in (exact, own, own_exact):
-        getattr(reference, name)(*given)
+    for copy in (exact, own, own_exact):
+        getattr(reference, name)(*copy)
     own_error = float((own[0].double() - own_exact[0]).norm() / own_exact[0].norm())
     own_error *= torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     found = to(rounded, dtype, device)
@@ -290,19 +291,10 @@ def ring_problem(slots, size, capacity, batch, generator):
         kw, ks = torch.randint(1, slots + 1, (2,), generator=generator).tolist()
         write, read = pick(slots, kw, batch, generator), pick(slots, ks, batch, generator)
         r = (kw + ks) * size
-        Jh, u = randn(generator, batch, kw * size, r) / r**0.5, randn(generator, batch, r)
-        node = leaf(Jh, write, torch.cat((read, write), 1), u, slots, size)
-        places.append(reference.widen(node.rows, node.cols, node.blocks, node.loss_row, slots, slots, size))
+        Jh, u = randn(generator, batch, kw * size, r) / r**0.5, randn(generator, batch, slots * size)
+        node = reference.leaf(Jh, write, torch.cat((read, write), 1), u, slots, size)
+        places.append(reference.widen(*node, slots, slots, size))
     return [torch.stack(part) for part in zip(*places, strict=True)]
-
-
-def replayed(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_size):
-    """What ``catch_up_`` does, in plain PyTorch."""
-    for t in range(int(starts.min()), int(count)):
-        moving, n = (starts <= t).nonzero().flatten(), t % len(rows)
-        reference.influence_update_(
-            P, blocks[n], rows[n], cols[n], loss_rows[n], streams[moving], groups[moving], [], [], []
-        )
 
 
 def catch_up_problem(slots=4, size=5, capacity=4, count=6, columns=21, seed=0):
@@ -328,7 +320,6 @@ CATCH_UPS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", CATCH_UPS)
 def test_catch_up(shape, dtype, device, monkeypatch):
-    monkeypatch.setattr(reference, "catch_up_", replayed)
     if "large" in shape:
         monkeypatch.setattr(catch_up, "choose_column", lambda *sizes: None)
     arguments = catch_up_problem(**CATCH_UPS[shape])
@@ -345,7 +336,7 @@ def test_comparison_of_catch_ups_can_fail(device):
     """A segment left out at the old or the new end, another stream, or no loss row: each shows."""
     arguments = catch_up_problem()
     exact = to(arguments, torch.float64, "cpu")
-    replayed(*exact)
+    reference.catch_up_(*exact)
     for index, wrong in (
         (8, arguments[8] + 1),
         (5, arguments[5] - 1),
@@ -370,13 +361,6 @@ def test_catch_up_and_update(shape, dtype, device, monkeypatch):
     now = problem(slots, size, kw=kw, columns=columns, groups=7, terms=((2, 2, 4), (1, 3, 2)), loss=shape != "no loss")
     now[0], now[5], now[6] = past[0], past[6], past[7]
     both = [*past, *now[1:5], *now[7:]]
-
-    def in_sequence(P, *rest):
-        replayed(P, *rest[:9])
-        Jh, write, support, u, deltas, zs, offsets = rest[9:]
-        reference.influence_update_(P, Jh, write, support, u, rest[5], rest[6], deltas, zs, offsets)
-
-    monkeypatch.setattr(reference, "catch_up_update_", in_sequence, raising=False)
     error, own, before, after = errors("catch_up_update_", both, dtype, device)
     assert error <= 2 * own + torch.finfo(dtype).eps
     assert_unchanged_outside(before, after, past[7].tolist(), lambda group: list(range(past[0].shape[1])))
@@ -424,6 +408,66 @@ def test_wrong_arguments_are_refused(device):
     assert torch.equal(arguments[0], before)
 
 
+def rounding_problem(device, columns=2048):
+    """An update whose exact results lie a known fraction between two neighbours in bfloat16: ``1 + f / 128``."""
+    fractions = torch.arange(16, dtype=torch.float32) / 16
+    P = torch.ones(1, 17, columns, dtype=torch.bfloat16, device=device)
+    slot, one = torch.tensor([[0]], device=device), torch.tensor([0], device=device)
+    Jh = torch.diag(1 + fractions / 128)[None].to(device)
+    return P, (Jh, slot, slot, None, one, one, [], [], []), fractions
+
+
+@on_devices
+def test_rounding_into_bfloat16_is_unbiased(device):
+    """The share rounded up is the fraction; a deviation as large as allowed has a probability below 1e-12.
+
+    Hoeffding's bound for the mean of ``n`` independent draws from 0 ... 1: ``2 exp(-2 n t**2)``, here for 16 rows.
+    """
+    P, update, fractions = rounding_problem(device)
+    seed = torch.tensor(12345, device=device)
+    triton_kernels.influence_update_(P, *update, seed=seed)
+    up = ((P[0, :16].float().cpu() - 1) * 128).double()
+    assert set(up.unique().tolist()) == {0.0, 1.0} and int(seed) == 12346
+    bound = (math.log(2 * 16 / 1e-12) / (2 * up.shape[1])) ** 0.5
+    assert ((up.mean(1) - fractions).abs() <= bound).all()
+    nearest = (fractions > 0.5).double()  # what rounding to nearest would give: the bound tells it apart
+    assert ((nearest - fractions).abs() > bound).any() and bound < 0.1
+    neighbours = (up[8, 1:] * up[8, :-1]).mean() - up[8].mean() ** 2  # and entries are independent of each other
+    assert abs(float(neighbours)) <= 2 * bound
+    again, _, _ = rounding_problem(device)
+    triton_kernels.influence_update_(again, *update, seed=torch.tensor(12345, device=device))
+    other, _, _ = rounding_problem(device)
+    triton_kernels.influence_update_(other, *update, seed=seed)
+    assert torch.equal(P, again) and not torch.equal(P, other)
+
+
+@on_devices
+def test_bfloat16_keeps_what_it_can_hold(device):
+    """Numbers that need no rounding stay; infinity and NaN stay what they are, NaN with any payload."""
+    values = torch.tensor([0.0, -0.5, 3.0, torch.inf, -torch.inf, torch.nan, torch.nan, 2.0**-120, 1e30]).bfloat16()
+    values.view(torch.int16)[6] = 0x7FFF  # a carry would make it a zero
+    P = torch.zeros(1, 2, 64 * len(values), dtype=torch.bfloat16, device=device)
+    P[0, 0] = values.to(device).repeat(64)
+    zero, one = torch.tensor([0], device=device), torch.ones(1, 1, 1, device=device)
+    slot, seed = zero[None], torch.tensor(7, device=device)
+    triton_kernels.influence_update_(P, one, slot, slot, None, zero, zero, [], [], [], seed=seed)
+    torch.testing.assert_close(P[0, 0].cpu(), values.repeat(64), rtol=0, atol=0, equal_nan=True)
+
+
+@on_devices
+def test_bfloat16_update_is_near_the_exact_one(device):
+    """Storage in bfloat16, arithmetic in float32: the error is that of one rounding of each entry."""
+    arguments = problem(size=5, columns=40)
+    arguments[0] = arguments[0].bfloat16().double()
+    exact = to(arguments, torch.float64, "cpu")
+    reference.influence_update_(*exact)
+    P = arguments[0].to(device, torch.bfloat16)
+    rest = to(arguments[1:], torch.float32, device)
+    triton_kernels.influence_update_(P, *rest, seed=torch.tensor(1, device=device))
+    error = (P.cpu().double() - exact[0]).abs()
+    assert (error <= 2**-7 * exact[0].abs() + 1e-6).all() and error.max() > 0
+
+
 @on_devices
 def test_opcheck(device):
     tests = ("test_schema", "test_faketensor")
@@ -467,6 +511,19 @@ def test_runs_are_repeatable(device):
     assert torch.equal(first[0], second[0])
 
 
+@on_devices
+def test_learner_has_the_gradient_of_bptt(device):
+    """Experts that sleep, expire and are paid, all through the kernels."""
+    steps, batch = 14, 2
+    torch.manual_seed(0)
+    cell = PatternCell(make_pattern("random", steps, batch), dense=False).double().to(device)
+    x, c = inputs(steps, batch).to(device), cotangents(steps, batch).to(device)
+    learner = RTRL(cell, batch, buffer=3, commit_every=1, catch_up="replay", backend="triton")
+    assert worst_error(online(learner, x, c, 1), bptt(cell, x, c)) <= 1e-12
+    assert min(learner.events.get(event, 0) for event in ("wakes", "expiries", "payments", "replays")) > 0
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")
 def test_no_host_synchronisation_and_graph_capture():
     """A replayed CUDA graph of catch-up, update and loss row does what the calls do."""
@@ -553,7 +610,7 @@ def test_kernels_compile_ahead_of_time(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["capability"] for row in rows} == {80, 90}
-    products = ("influence_update_kernel", "segment_product_kernel")
+    products = ("influence_update_kernel", "segment_product_kernel", "catch_up_kernel")
     for row in rows:
         assert row["spilled"] == 0, row
         if row["kernel"] in products:

@@ -182,6 +182,8 @@ def catch_up_kernel(
             )
         p = replace_rows(p, new, write_ptr + stream * (w // slot_size), w // slot_size, slot_size, BLOCK_S)
         loss += gain
+    # Small tiles are held by several warps each: all of them have loaded before any of them stores.
+    tl.debug_barrier()
     seed = tl.load(seed_ptr)
     store_influence(P_ptr + entry, p, mask, entry, seed)
     store_influence(P_ptr + loss_entry, loss, mask_n, loss_entry, seed)

@@ -21,7 +21,7 @@ MAX_BLOCK_H = 256
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a tile; every shape that is shipped compiles for sm_80 and sm_90 without register spills.
+    """Shape of a tile.
 
     Attributes:
         BLOCK_W: rows.
