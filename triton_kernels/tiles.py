@@ -72,7 +72,7 @@ def choose_segment_tile(dtype: torch.dtype, precision: str) -> Tile:
 
 @dataclass(frozen=True)
 class Column:
-    """Shape of the columns that catch up on chip; every shape that is shipped compiles without register spills.
+    """Shape of the columns that catch up on chip; ``tests/compile_kernels.py`` compiles some of them for their spills.
 
     Attributes:
         BLOCK_H: state entries, all of them.
