@@ -70,17 +70,9 @@ def choose_segment_tile(dtype: torch.dtype, precision: str) -> Tile:
     return Tile(128, 64, 32, 16, 8, 3)
 
 
-def max_registers(num_warps: int) -> int:
-    """Registers that each thread may have where one program runs on a multiprocessor at a time.
-
-    Said explicitly, it keeps the assembler from spilling in order to run more of them.
-    """
-    return min(255, 2**16 // (32 * num_warps))
-
-
 @dataclass(frozen=True)
 class Column:
-    """Shape of the columns that catch up on chip; every shape that is shipped compiles without register spills.
+    """Shape of the columns that catch up on chip; ``tests/compile_kernels.py`` compiles some of them for their spills.
 
     Attributes:
         BLOCK_H: state entries, all of them.
@@ -91,7 +83,8 @@ class Column:
         BLOCK_T: columns of the factors that are multiplied at a time.
         BLOCK_S: written slots.
         num_warps: warps of a program.
-        maxnreg: registers of a thread, at most.
+        maxnreg: registers of a thread, at most; said explicitly, so that the assembler spills none of them in order to
+            run more programs at a time.
     """
 
     BLOCK_H: int
@@ -127,9 +120,8 @@ def choose_column(
         return None
     # The column stays in registers beside the products; the matrix units and float64 leave less room for it.
     block_n = 16 if block_h == MAX_BLOCK_H and (precision != "ieee" or dtype == torch.float64) else 32
-    num_warps = 8
     block_s = max(2, triton.next_power_of_2(max(node_w, w) // slot_size))
-    return Column(block_h, block_n, block_r, block_w, 16, 16, block_s, num_warps, max_registers(num_warps))
+    return Column(block_h, block_n, block_r, block_w, 16, 16, block_s, num_warps=8, maxnreg=255)
 
 
 @dataclass(frozen=True)
