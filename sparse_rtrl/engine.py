@@ -153,19 +153,32 @@ class Engine:
         """Capture one step, as :meth:`steps_of` does for several; ``x (B, ...)``."""
         return self.steps_of(x.unsqueeze(0), [state], [routing], tensors, number)[0]
 
-    def _raise_non_finite(self, step: StepJacobian, tensors: list[Tensor], number: int) -> None:
-        """Name the parameters, or else the Jacobian, that hold NaN or infinity."""
+    def check_new_state(self, state: Tensor, routing: Routing, tensors: list[Tensor], number: int) -> None:
+        """Check that the state after step ``number`` is finite.
+
+        Raises:
+            NonFiniteError: naming the parameters that hold NaN or infinity, or else the state.
+        """
+        if not bool(torch.isfinite(state.detach().sum())):
+            self._check_parameters(routing, tensors, number)
+            check_finite(number, {"the new state": state})
+
+    def _check_parameters(self, routing: Routing, tensors: list[Tensor], number: int) -> None:
         every = list(range(self.batch_size))
         for parameter, tensor in zip(self.groups.all, tensors, strict=True):
             bad = ~torch.isfinite(tensor.detach())
             if parameter.expert:
-                broken = bad.flatten(1).any(1)[step.routing.experts]  # (B, k)
+                broken = bad.flatten(1).any(1)[routing.experts]  # (B, k)
                 if bool(broken.any()):
-                    experts = sorted(set(step.routing.experts[broken].tolist()))
+                    experts = sorted(set(routing.experts[broken].tolist()))
                     streams = broken.any(1).nonzero().flatten().tolist()
                     raise NonFiniteError(number, streams, f"{parameter.name} of experts {experts}")
             elif bool(bad.any()):
                 raise NonFiniteError(number, every, f"{parameter.name} (core)")
+
+    def _raise_non_finite(self, step: StepJacobian, tensors: list[Tensor], number: int) -> None:
+        """Name the parameters, or else the Jacobian, that hold NaN or infinity."""
+        self._check_parameters(step.routing, tensors, number)
         values = {
             "the state Jacobian": step.Jh,
             "the immediate Jacobian of the core group": step.core.delta,

@@ -13,7 +13,6 @@ from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.estimate import choose_commit_every
-from sparse_rtrl.influence import check_finite
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 
@@ -166,7 +165,7 @@ class RTRL:
                 )
                 self._check_update(h_write_new, output, routing)
                 state = scatter_slots(state, routing.write, h_write_new.to(state.dtype))
-                check_finite(number, {"the new state": state})
+                engine.check_new_state(state, routing, tensors, number)
                 outputs.append(output)
             steps = engine.steps_of(xs, entered, routings, tensors, engine.steps)
         if len(engine.influence.window) >= self.commit_every:

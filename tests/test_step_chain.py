@@ -74,8 +74,8 @@ def test_one_layer_cells_are_chains_and_exact_in_many_small_blocks(kind, monkeyp
     for lengths, options in (((7, 4), {"commit_every": 2}), ((1,), {"commit_every": 5})):
         found, carry = carried(model, x, c, lengths, **options)
         assert worst_error(found, expected) <= EXACT
-        assert carry._influence.commits >= 2
-        assert all(isinstance(segment, StepChain) for segment in carry._influence.window)
+        assert carry._past._influence.commits >= 2
+        assert all(isinstance(segment, StepChain) for segment in carry._past._influence.window)
         model.zero_grad()
     assert worst_error(bptt(model, x, c, detach=7), expected) > 1e-2
 
@@ -91,11 +91,11 @@ def test_a_chain_as_one_step_is_the_general_capture():
         _, end = model(x[2:], carry(tuple(h)))
         carry(end)
         if carry is carries[1]:
-            carry._chain_capture.segment = lambda *_: None
+            carry._past._chain_capture.segment = lambda *_: None
             carry.reset()
             _, end = model(x[2:], carry(tuple(h)))
             carry(end)
-        (segment,) = carry._influence.window
+        (segment,) = carry._past._influence.window
         steps.append(segment.as_step if isinstance(segment, StepChain) else segment)
     assert isinstance(steps[1], StepJacobian)
     assert float((steps[0].Jh - steps[1].Jh).abs().max()) < 1e-14
@@ -118,7 +118,7 @@ def test_windows_mix_chains_and_general_segments():
         output, h = model(x[t : t + 1], h)
         h = carry(h)
         (output * c[t]).sum().backward()
-        seen.add(frozenset(type(segment) for segment in carry._influence.window))
+        seen.add(frozenset(type(segment) for segment in carry._past._influence.window))
     assert frozenset((StepChain, StepJacobian)) in seen
     assert worst_error(gradients_of(model), expected) <= EXACT
 
@@ -136,7 +136,7 @@ def test_a_capture_that_disagrees_with_autograd_is_not_used(monkeypatch):
     x, c = data(12, 2)
     expected = bptt(model, x, c)
     found, carry = carried(model, x, c, (3,))
-    assert not any(isinstance(segment, StepChain) for segment in carry._influence.window)
+    assert not any(isinstance(segment, StepChain) for segment in carry._past._influence.window)
     assert worst_error(found, expected) <= EXACT
 
 
