@@ -17,6 +17,7 @@ import datetime
 import functools
 import importlib.util
 import json
+import os
 import platform
 import re
 import statistics
@@ -47,8 +48,8 @@ ERROR_BOUND = 4.0
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Hardware, versions and commit."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    git = "git describe --always --dirty"
+    commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     nvcc = subprocess.run("nvcc --version | tail -1", shell=True, capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
@@ -62,12 +63,18 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def median_seconds(function: Callable[[], None], repeats: int) -> float:
-    """Median time of a call on the GPU, each between two events, after two calls that do not count."""
+    """Median time of a call on the GPU, each between two events, after two calls that do not count.
+
+    Before each call the second-level cache is overwritten, and the GPU waits until the host has queued the call.
+    """
     for _ in range(2):
         function()
+    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(repeats):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        torch.cuda._sleep(10_000_000)  # clock cycles, some milliseconds
         first.record()
         function()
         last.record()
@@ -261,10 +268,11 @@ def measure(
     }
 
 
-def run_command(command: list[str], planned_only: bool) -> int | None:
-    """Run a command in the repository, or only say which."""
-    print("+", " ".join(command), flush=True)
-    return None if planned_only else subprocess.run(command, cwd=ROOT).returncode
+def run_command(command: list[str], planned_only: bool, **environment: str) -> int | None:
+    """Run a command in the repository, with the package importable from there, or only say which."""
+    print("+", *(f"{name}={value}" for name, value in environment.items()), " ".join(command), flush=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return None if planned_only else subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -321,7 +329,10 @@ def main(arguments: list[str] | None = None) -> int:
     machine = describe_machine(device)
     status: dict[str, int | None] = {}
     if not options.skip_tests:
-        status["build"] = run_command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], dry_run)
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        status["build"] = run_command(build, dry_run, SPARSE_RTRL_CPP="1", SPARSE_RTRL_CUDA="1")
+        load = "import sys; from sparse_rtrl import ops; sys.exit(ops.compiled_problem or ops.cuda_problem)"
+        status["load"] = run_command([sys.executable, "-c", load], dry_run)
         found = [name for name, package in TESTS.items() if importlib.util.find_spec(package)]
         if len(found) < len(TESTS):
             print(f"left out, a package is missing: {', '.join(TESTS.keys() - found)}")
@@ -329,20 +340,27 @@ def main(arguments: list[str] | None = None) -> int:
         status["tests"] = run_command([sys.executable, "-m", "pytest", *collect, *found], False)
     roofs = measure_roofs(device, dry_run)
     print("roofs:", {name: f"{value:.3g}" for name, value in roofs.items() if value is not None})
-    rows = []
-    for case in cases(device, dry_run):
-        for precision in launch.PRECISIONS if case[0] != "loss_row_" else ("ieee",):
-            rows.append(measure(case, precision, roofs, options.repeats, dry_run))
-            print_row(rows[-1])
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
     date = datetime.date.today().isoformat()
     gpu = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     out = options.out or ROOT / "bench" / "results" / f"{gpu}-{date}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine, "date": date, "dry_run": dry_run, "status": status, "roofs": roofs, "rows": rows}
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    report["failures"] = failures
+    for case in cases(device, dry_run):
+        for precision in launch.PRECISIONS if case[0] != "loss_row_" else ("ieee",):
+            try:
+                rows.append(measure(case, precision, roofs, options.repeats, dry_run))
+                print_row(rows[-1])
+            except Exception as error:  # one kernel that cannot run must not cost the measurements of the others
+                failures.append(f"{case[0]} {case[1]} {precision}: {error!r}")
+                print(failures[-1], flush=True)
+            out.write_text(json.dumps(report, indent=1) + "\n")
     picture = out.with_suffix(".png")
     print(f"wrote {out}" + (f" and {picture}" if plot(rows, picture) else "; no plot, matplotlib is not installed"))
-    return int(any(status.values()) or not all(all(row["checked"].values()) for row in rows))
+    wrong = [row for row in rows if not all(row["checked"].values())]
+    return int(bool(any(status.values()) or failures or wrong))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ class PatternCell(SlotCell):
         self.readout = nn.Linear(2 * slot_size, 2)
 
     def route(self, x: Tensor, state: Tensor) -> Routing:
-        return self.pattern[int(x[0, -1])]
+        routing = self.pattern[int(x[0, -1])]
+        return Routing(*(index.to(x.device) for index in (routing.read, routing.write, routing.experts)))
 
     def update(self, x: Tensor, h_read: Tensor, h_write: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         token = torch.tanh(self.encode(x[:, :-1]))

@@ -532,7 +532,7 @@ def test_no_host_synchronisation_and_graph_capture():
     P = past[0]
 
     def step():
-        triton_kernels.catch_up_update_(*past, *now[1:5], [], [], [])
+        triton_kernels.catch_up_update_(*past, *now[1:5], *now[7:])
         triton_kernels.loss_row_(P, u, past[7])
 
     start = P.clone()
@@ -605,6 +605,7 @@ def test_kernels_compile_ahead_of_time(tmp_path):
     """For sm_80 and sm_90: no error, no spilled register, and matrix units wherever the precision allows them."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     script = Path(__file__).parent / "compile_kernels.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

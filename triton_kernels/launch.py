@@ -22,7 +22,8 @@ STORAGE = (torch.float32, torch.float64, torch.bfloat16)
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], **constants: Any) -> None:
     """Launch a kernel on a one-dimensional grid; the only place that does."""
     if programs:
-        kernel[(programs,)](*arguments, **constants)
+        with torch.cuda.device_of(arguments[0]):  # nothing for tensors on the CPU
+            kernel[(programs,)](*arguments, **constants)
 
 
 def check_device(P: Tensor) -> None:

@@ -115,7 +115,7 @@ def choose_column(
         dtype: of the arithmetic, float32 or float64.
         precision: of the products.
     """
-    block_h, block_r, block_w = (max(16, triton.next_power_of_2(n)) for n in (hidden, node_w, w))
+    block_h, block_r, block_w = (max(16, triton.next_power_of_2(n)) for n in (hidden, node_w, max(w, slot_size)))
     if block_h > MAX_BLOCK_H or max(block_r, block_w) > MAX_BLOCK_W:
         return None
     # The column stays in registers beside the products; the matrix units and float64 leave less room for it.
@@ -192,7 +192,7 @@ def pack_terms(
     return Terms(torch.cat(left, 1), torch.cat(right, 1), spans, entries)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # captured CUDA graphs hold the addresses of what is in here
 def _tile_table(
     layout: tuple[tuple[int, int, int, int], ...], w: int, columns: int, block_n: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -464,7 +464,7 @@ template <typename T, int kColumns>
 __device__ void catch_up(const CatchUp<T>& c, unsigned char* memory) {
   const int64_t tiles = column_tiles<kColumns>(c.columns), matrix = blockIdx.x / tiles;
   const int64_t end = *c.count, start = kept_start(c.starts[matrix], end, c.ring.length);
-  if (start >= end) return;
+  if (start >= end || c.groups[matrix] < 0) return;
   const int64_t hidden = c.rows_per_matrix - 1;
   ColumnTile<T, kColumns> tile(memory, static_cast<int>(hidden / c.slot_size), static_cast<int>(c.slot_size),
                                static_cast<int>(c.ring.num_rows));
