@@ -119,7 +119,6 @@ def catch_up_kernel(
     group = tl.load(groups_ptr + moved)
     first = tl.load(starts_ptr + moved)
     count = tl.load(count_ptr)
-    first = tl.maximum(first, count - capacity)
     if group < 0:
         return
     if not HAS_UPDATE:
