@@ -266,7 +266,7 @@ def save(rows: list[dict], path: Path) -> list[dict]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     path.write_text(json.dumps({"machine": describe_environment(), "commit": commit, "rows": merged}, indent=1) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, merged[0].keys())
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in merged for name in row))
         writer.writeheader()
         writer.writerows(merged)
     return merged
