@@ -115,7 +115,7 @@ def multiply_terms(
             step = offs_t % tau
             at_m = m_first + offs_t // tau
             d = tl.load(
-                delta_ptr + delta_start + (offs_w.to(tl.int64)[:, None] * tau + step[None, :]) * m + at_m[None, :],
+                delta_ptr + delta_start + (offs_w[:, None] * tau + step[None, :]) * m + at_m[None, :],
                 mask=mask_w[:, None] & mask_t[None, :],
                 other=0.0,
             )
