@@ -21,12 +21,14 @@ preload=""
 for library in asan ubsan stdc++; do
   preload="$preload $(${CC:-cc} -print-file-name=lib$library.so)"
 done
-cd "$root"
+# Python puts the current folder first on its path: from here it imports the instrumented copy.
+cd "$build/python"
 export LD_PRELOAD="${preload# }" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1
 export OMP_NUM_THREADS=2 PYTHONPATH="$build/python"
 "$python" -c "
 from sparse_rtrl import ops
 assert ops.__file__.startswith('$build'), ops.__file__
 assert not ops.compiled_problem, ops.compiled_problem"
-"$python" -m pytest -q -p no:cacheprovider --numprocesses auto tests/test_compiled.py tests/test_tree.py tests/test_ops.py \
-  -k "not other_instruction_sets"
+tests=$root/tests
+"$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider --numprocesses auto \
+  "$tests/test_compiled.py" "$tests/test_tree.py" "$tests/test_ops.py" -k "not other_instruction_sets"
