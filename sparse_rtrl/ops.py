@@ -48,6 +48,10 @@ _library.define(
     "suffix_loss_rows(Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor starts,"
     " Tensor newest, int slot_size) -> Tensor"
 )
+_library.define(
+    "diagonal_update_(Tensor(a!) P, Tensor decay, Tensor delta, Tensor z, Tensor(b!)? g=None, Tensor? u=None) -> ()"
+)
+_library.define("diagonal_loss_(Tensor(a!) g, Tensor P, Tensor u) -> ()")
 
 NAMES = (
     "influence_update_",
@@ -57,6 +61,8 @@ NAMES = (
     "catch_up_",
     "catch_up_update_",
     "suffix_loss_rows",
+    "diagonal_update_",
+    "diagonal_loss_",
 )
 
 for _name in NAMES:
@@ -104,6 +110,16 @@ def _(rows, cols, blocks, loss_rows, count, starts, newest, slot_size):
     return newest.new_empty(*starts.shape, newest.shape[1])
 
 
+@torch.library.register_fake("sparse_rtrl::diagonal_update_", lib=_library)
+def _(P, decay, delta, z, g=None, u=None):
+    return None
+
+
+@torch.library.register_fake("sparse_rtrl::diagonal_loss_", lib=_library)
+def _(g, P, u):
+    return None
+
+
 def _load_compiled(library: str) -> str:
     """Load compiled operations if they were built; returns why they are not there, or nothing."""
     folder = Path(__file__).parent
@@ -133,6 +149,8 @@ suffix_product = torch.ops.sparse_rtrl.suffix_product
 catch_up_ = torch.ops.sparse_rtrl.catch_up_
 catch_up_update_ = torch.ops.sparse_rtrl.catch_up_update_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
+diagonal_update_ = torch.ops.sparse_rtrl.diagonal_update_
+diagonal_loss_ = torch.ops.sparse_rtrl.diagonal_loss_
 
 
 def select(
@@ -146,7 +164,7 @@ def select(
             tree and ``catch_up_``, while all others run as with ``"auto"``; ``"triton"`` the Triton kernels:
             ``influence_update_``, ``loss_row_`` and ``catch_up_``, while all others run as with ``"auto"``.
         device: of the tensors.
-        dtype: of the influence.
+        dtype: of the influence, of a complex one its real dtype.
         precision: of the products of ``"triton"``; every other backend computes in the dtype itself.
 
     Raises:
