@@ -175,18 +175,22 @@ def check_memory(
         MemoryError: with the numbers.
     """
     needed = like.element_size() * batch_size * (hidden_size + 1) * groups.count
-    if like.is_cuda:
-        available = torch.cuda.mem_get_info(like.device)[0]
-    else:
-        import psutil  # a machine that only runs the kernels on its GPU may be without it
-
-        available = psutil.virtual_memory().available
+    available = available_bytes(like.device)
     if needed > available:
         raise MemoryError(
             f"the influence needs {_mib(needed)}: itemsize {like.element_size()} * batch_size {batch_size} *"
             f" (hidden_size {hidden_size} + 1) * {groups.count} recurrent parameters; {_mib(available)} are available"
             f" on {like.device}. {remedy}"
         )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device, or of the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # a machine that only runs the kernels on its GPU may be without it
+
+    return psutil.virtual_memory().available
 
 
 def _saved_bytes(cell: nn.Module, x: Tensor, batch_size: int) -> int:
