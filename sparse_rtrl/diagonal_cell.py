@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,6 +42,11 @@ class Mapped:
         return F.linear(x, self.weight, self.bias).unflatten(-1, self.shape)
 
     @property
+    def columns(self) -> int:
+        """Numbers per row of its influence: one for each input, and one for the bias."""
+        return self.weight.shape[1] + (self.bias is not None)
+
+    @property
     def tensors(self) -> list[Tensor]:
         """What is trained: the weight, and the bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -56,6 +61,7 @@ class Learned:
     """
 
     value: Tensor
+    columns: ClassVar[int] = 1
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -72,6 +78,7 @@ class Given:
     """
 
     value: Tensor
+    columns: ClassVar[int] = 0
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -134,18 +141,25 @@ class DiagonalCell(nn.Module):
         """State entries of one stream, a complex one counted once."""
         return torch.Size(self.state_shape).numel()
 
+    def zero_rows(self, rows: int) -> Tensor:
+        """Input rows of zeros ``(rows, input_size)``, twice as wide with ``previous_input``, as the parameters are."""
+        reference = next(self.parameters())
+        dtype = reference.dtype.to_real() if reference.is_complex() else reference.dtype
+        width = self.input_size * (2 if self.previous_input else 1)
+        return torch.zeros(rows, width, dtype=dtype, device=reference.device)
+
     def initial_entries(self, batch_size: int) -> Tensor:
         """State entries a stream starts from, ``(B, *state_shape)``: zeros."""
-        reference = next(self.parameters())
-        dtype = reference.dtype.to_complex() if self.complex_state else reference.dtype
-        return reference.new_zeros(batch_size, *self.state_shape, dtype=dtype)
+        like = self.zero_rows(0)
+        dtype = like.dtype.to_complex() if self.complex_state else like.dtype
+        return like.new_zeros(batch_size, *self.state_shape, dtype=dtype)
 
     def initial_state(self, batch_size: int) -> State:
         """State a stream starts from, see :meth:`initial_entries`; the previous input of a first step is zero."""
         entries = self.initial_entries(batch_size)
         if not self.previous_input:
             return entries
-        return entries, next(self.parameters()).new_zeros(batch_size, self.input_size)
+        return entries, self.zero_rows(batch_size)[:, : self.input_size].clone()
 
     def project(self, x: Tensor) -> tuple[Projection, ...]:
         """What of the input enters the state.

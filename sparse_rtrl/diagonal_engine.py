@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_rtrl import ops
-from sparse_rtrl.diagonal_cell import DiagonalCell, Mapped, Projection, State
+from sparse_rtrl.diagonal_cell import DiagonalCell, Projection, State
 from sparse_rtrl.diagonal_influence import DiagonalInfluence
 from sparse_rtrl.diagonal_structure import Layout, find_layouts
 from sparse_rtrl.engine import checked_mask, describe, refusals
@@ -52,12 +52,12 @@ class DiagonalEngine:
         self.cell = cell
         self.batch_size = batch_size
         self.steps = 0
-        like = next(cell.parameters())
+        like = cell.zero_rows(1)
         self.dtype, self.device = like.dtype, like.device
         self._expected = {name: (p.shape, p.dtype, p.device) for name, p in cell.named_parameters()}
         self._layouts = find_layouts(cell)
-        projections = cell.project(like.new_zeros(1, cell.input_size * (2 if cell.previous_input else 1)))
-        self._columns = [columns(projection) for projection in projections]
+        projections = cell.project(like)
+        self._columns = [projection.columns for projection in projections]
         self._parts = [[(t.shape, t.is_complex()) for t in projection.tensors] for projection in projections]
         kept = [
             layout if any(tensor.requires_grad for tensor in projection.tensors) else None
@@ -136,8 +136,7 @@ class DiagonalEngine:
         like = cell.initial_entries(1)
         size = like.shape[1:].numel()
         with torch.enable_grad():
-            width = cell.input_size * (2 if cell.previous_input else 1)
-            projections = cell.project(like.new_zeros(1, width, dtype=self.dtype))
+            projections = cell.project(cell.zero_rows(1))
         tensors = [tensor for projection in projections for tensor in projection.tensors]
 
         def by_parameter(u: Tensor) -> list[Tensor | None]:
@@ -229,10 +228,3 @@ class DiagonalEngine:
                 raise NonFiniteError(self.steps, list(range(self.batch_size)), name)
         for number, state in enumerate(states[1:], self.steps):
             check_finite(number, {"the new state": state})
-
-
-def columns(projection: Projection) -> int:
-    """Numbers per row of a projection's influence: its inputs, and one for a bias; 1 for a learned value."""
-    if not isinstance(projection, Mapped):
-        return 1
-    return projection.weight.shape[1] + (projection.bias is not None)

@@ -192,13 +192,13 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
             projections do not fit the state.
     """
     generator = torch.Generator().manual_seed(0)
-    reference = next(cell.parameters())
+    rows = 3
+    like = cell.zero_rows(rows)
 
     def random(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype).to(reference.device)
+        return torch.randn(shape, generator=generator, dtype=dtype).to(like.device)
 
-    rows = 3
-    x = random((rows, cell.input_size * (2 if cell.previous_input else 1)), reference.dtype)
+    x = random(like.shape, like.dtype)
     with torch.enable_grad():
         projections = tuple(cell.project(x))
     _check_projections(cell, projections, rows)
@@ -209,7 +209,7 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
         for projection in projections:
             value = projection.value.detach()
             # Away from initial values, which may agree where later ones do not.
-            noise = torch.rand(value.shape, generator=generator, dtype=reference.dtype).to(value.device)
+            noise = torch.rand(value.shape, generator=generator, dtype=like.dtype).to(value.device)
             values.append((value * (1 - 0.5 * noise) + 0.01 * noise).expand(before.shape).requires_grad_())
         new = cell.step(before, *values)
     if not isinstance(new, Tensor) or new.shape != before.shape or new.dtype != before.dtype:

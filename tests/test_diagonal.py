@@ -1,4 +1,4 @@
-"""Diagonal cells: the online gradient is that of backpropagation through the whole past, at the memory of parameters."""
+"""Diagonal cells: the online gradient is that of backpropagation through the whole past, in little memory."""
 
 import copy
 import warnings
@@ -13,13 +13,15 @@ from sparse_rtrl import (
     ContractError,
     DiagonalCell,
     ELSTMCell,
-    LRUCell,
     Learned,
+    LRUCell,
     MambaCell,
     Mapped,
     NonFiniteError,
     RetentionCell,
     RWKVCell,
+    check_cell,
+    estimate,
 )
 from sparse_rtrl.diagonal_influence import DiagonalInfluence
 
@@ -43,7 +45,8 @@ def test_wrong_variants_are_seen(name, monkeypatch):
     expected = bptt(cell, x, c, RESETS)
     unreset = RTRL(cell, 3)
     monkeypatch.setattr(DiagonalInfluence, "reset", lambda self, streams: self.commit())
-    assert worst_error(online(unreset, x, c, [1], RESETS), expected) > 1e-2
+    if name != "rwkv":  # whose initial state, an exponent below every key, forgets by itself
+        assert worst_error(online(unreset, x, c, [1], RESETS), expected) > 1e-2
     monkeypatch.undo()
 
     capture = DiagonalInfluence.capture
@@ -96,9 +99,6 @@ class Eigenvalue(LRUCell):
         self.readout.C = torch.nn.Parameter(torch.tensor([[C]], dtype=torch.complex128))
         self.readout.D = torch.nn.Parameter(torch.tensor([[D]], dtype=torch.float64))
 
-    def initial_entries(self, batch_size):
-        return torch.zeros(batch_size, 1, dtype=torch.complex128)
-
     def project(self, x):
         return Learned(self.eigenvalue), Learned(self.gain), Mapped(x, self.B, (1,))
 
@@ -147,7 +147,9 @@ def test_resuming_is_bit_for_bit(name, commit_every, tmp_path):
     other.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
     found = [online(each, x[7:], c[7:], [1, 2], {4: RESETS[8]}) for each in (learner, other)]
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
-    assert all(torch.equal(a, b) for a, b in zip(*(each.influence().values() for each in (learner, other)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(each.influence().values() for each in (learner, other)), strict=True)
+    )
     with pytest.raises(ValueError, match="another cell or batch size"):
         RTRL(cell, 2).load_state_dict(learner.state_dict())
     with pytest.raises(ValueError, match="version 1, got 2"):
@@ -168,9 +170,7 @@ def test_resuming_is_bit_for_bit(name, commit_every, tmp_path):
 )
 def test_memory_is_that_of_the_parameters(cell, numbers, most):
     influence = RTRL(cell, 3)._engine.influence
-    recurrent = sum(
-        p.numel() for n, p in cell.named_parameters() if p.requires_grad and not n.startswith("readout.")
-    )
+    recurrent = sum(p.numel() for n, p in cell.named_parameters() if p.requires_grad and not n.startswith("readout."))
     assert influence.kept_bytes == 4 * 3 * numbers <= 4 * 3 * most * recurrent
     matrices = [m for m in influence.matrices if m is not None]
     assert sum(m.untyped_storage().nbytes() for m in matrices) == influence.kept_bytes
@@ -181,7 +181,7 @@ def test_outputs_are_those_of_the_cell_and_evaluation_leaves_the_learner():
         cell, x = make_cell(name), inputs(7, 2)
         learner = RTRL(cell, 2)
         outputs = torch.cat((learner.unroll(x[:3]), learner(x[3])[None], learner.unroll(x[4:])))
-        expected, state = cell.unroll(x, cell.initial_state(2))
+        expected, _ = cell.unroll(x, cell.initial_state(2))
         torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-13)
         copied = learner.evaluate()
         before = learner.state
@@ -341,7 +341,7 @@ def test_errors_leave_the_learner_as_it_was(action, error, message, commit_every
     after = [learner.state, *influence.matrices, torch.tensor(len(influence.window))]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     last.sum().backward()  # the step before is still in time
-    with pytest.raises(RuntimeError, match="second time|called twice"):
+    with pytest.raises(RuntimeError, match=r"second time|called twice"):
         last.sum().backward()
 
 
@@ -353,3 +353,37 @@ def test_a_late_backward_says_so():
     learner(x[2])
     with pytest.raises(RuntimeError, match="backward came too late"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_check_cell_passes_and_estimate_counts_what_is_kept(name):
+    cell = make_cell(name)
+    generator = torch.Generator().manual_seed(0)
+    entries = cell.initial_entries(2)
+    h = torch.randn(entries.shape, generator=generator, dtype=entries.dtype)
+    x = torch.randn(2, cell.input_size * (2 if cell.previous_input else 1), generator=generator)
+    check_cell(cell, x, h)
+    costs = estimate(cell, 3)
+    assert costs.influence_bytes == RTRL(cell, 3)._engine.influence.kept_bytes
+    assert costs.bptt_bytes_per_step > 0 and f"{costs.recurrent_parameters} recurrent parameters" in str(costs)
+
+
+def test_check_cell_names_violations():
+    cell = Custom(lambda self, h, y, s: s * h + y, None).double()
+    cell.unused = torch.nn.Parameter(torch.ones(2))
+    x, h = torch.randn(2, 3), torch.randn(2, 4)
+    with pytest.raises(ContractError, match="no gradient reaches parameter unused"):
+        check_cell(cell, x, h)
+    cell = Custom(lambda self, h, y, s: s * h.flip(-1) + y, None)
+    with pytest.raises(ContractError, match="entries mix"):
+        check_cell(cell, x, h)
+    cell = Custom(lambda self, h, y, s: s * h + y, None)
+    cell.output = lambda x, before, h, *values: h - h.mean(0)
+    with pytest.raises(ContractError, match="rows of the batch influence each other: output of stream 0"):
+        check_cell(cell, x, h)
+    cell = Custom(lambda self, h, y: 0.5 * h + y, lambda self, x: (Mapped(x, self.readout.weight, (4,)),))
+    cell.readout = torch.nn.Linear(3, 4)
+    with pytest.raises(ContractError, match=r"readout parameter readout\.weight reaches the state"):
+        check_cell(cell, x, h)
+    with pytest.raises(ValueError, match=r"h must have shape \(2, 4\), got \(2, 5\)"):
+        check_cell(cell, x, torch.randn(2, 5))
