@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_rtrl import ops, reference
 
+compiled = pytest.mark.skipif(bool(ops.compiled_problem), reason=f"no compiled operations: {ops.compiled_problem}")
 DTYPES = (torch.float64, torch.complex128)
+ALL_DTYPES = (torch.float32, *DTYPES, torch.complex64)
 
 
 def problem(batch=3, rows=5, tau=2, columns=7, dtype=torch.float64, loss=True, seed=0):
@@ -132,6 +136,113 @@ def test_gradient_and_its_vector_come_together():
         reference.diagonal_update_(P, decay, delta, z, g)
     with pytest.raises(ValueError, match="u without g"):
         reference.diagonal_update_(P, decay, delta, z, None, u)
+
+
+def guarded(tensor):
+    """A copy that lies between NaN in memory, and the flat tensor that holds both."""
+    flat = torch.full((tensor.numel() + 16,), torch.nan, dtype=tensor.dtype)
+    inside = flat[8:-8].view(tensor.shape)
+    inside.copy_(tensor)
+    return inside, flat
+
+
+def assert_as_good_as_reference(arguments, dtype, changed=(0, 4), name="diagonal_update_"):
+    """Error at most twice the reference's own in that dtype; in double precision, that in single times the ratio."""
+
+    def cast(values, real):
+        return [v.to(real.to_complex() if v.is_complex() else real, copy=True) for v in values]
+
+    def double(values):
+        return cast(values, torch.float64)
+
+    single = cast(arguments, torch.float32)
+    given = cast(arguments, dtype.to_real())
+    results = []
+    for values in (double(given), [s.clone() for s in single], double(single)):
+        getattr(reference, name)(*values)
+        results.append(values)
+    eps = torch.finfo(dtype).eps
+    ratio = eps / torch.finfo(torch.float32).eps
+    found, guards = zip(*(guarded(v) for v in given), strict=True)
+    getattr(ops, name)(*found)
+    for i in range(len(found)):
+        exact, own, own_exact = (r[i] for r in results)
+        if i in changed:
+            own_error = (own - own_exact).norm() * ratio
+            assert found[i].dtype == dtype and (found[i] - exact).norm() <= 2 * own_error + eps * exact.norm()
+        else:
+            assert torch.equal(found[i], given[i])
+        assert guards[i][:8].isnan().all() and guards[i][-8:].isnan().all()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@given(data=st.data())
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_compiled(dtype, data):
+    draw = data.draw
+    rows, columns = draw(st.sampled_from([1, 3, 4, 9, 70])), draw(st.sampled_from([1, 2, 7, 16, 33, 130]))
+    batch, tau = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    double = torch.complex128 if dtype.is_complex else torch.float64
+    arguments = problem(batch, rows, tau, columns, double, draw(st.booleans()), draw(st.integers(0, 99)))
+    assert_as_good_as_reference(arguments, dtype)
+    if len(arguments) == 6:
+        P, _, _, _, g, u = arguments
+        assert_as_good_as_reference([g, P, u], dtype, (0,), "diagonal_loss_")
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(300, 700), (50_000, 1), (9, 20_001)])
+def test_threads_do_not_change_a_bit(dtype, rows, columns):
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        arguments = problem(2, rows, 1, columns, dtype)
+        ops.diagonal_update_(*arguments)
+        results.append(arguments)
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][4], results[1][4])
+    assert norm_error(results[0][0], expected_by_reference(problem(2, rows, 1, columns, dtype))) < 1e-6
+
+
+def expected_by_reference(arguments):
+    reference.diagonal_update_(*arguments)
+    return arguments[0]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views(dtype):
+    """What is only read may lie anyhow in memory and be conjugated lazily; what is changed is contiguous."""
+    P, decay, delta, z, g, u = problem(dtype=dtype)
+    new, gradient = expected(P, decay, delta, z, g, u)
+    strange = [decay.t().contiguous().t(), delta[..., [0, 0, 1, 1]][..., ::2], z.transpose(1, 2).contiguous().mT]
+    ops.diagonal_update_(P, *strange, g, u.conj().resolve_conj().conj())
+    assert norm_error(P, new) < 1e-14 and norm_error(g, gradient) < 1e-14
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("index", "wrong", "message"),
+    [
+        (0, lambda t: t.mT, "P must be contiguous"),
+        (0, lambda t: t.bfloat16(), "P must be contiguous float32.*BFloat16"),
+        (1, lambda t: t[:1], r"decay must be .* of shape \(3, 5\).*\(1, 5\)"),
+        (2, lambda t: t.to(torch.complex128), "delta must be"),
+        (3, lambda t: t[:, :1], r"z must be .* of shape \(3, 2, 7\).*\(3, 1, 7\)"),
+        (3, lambda t: t.to(torch.complex128), "z must be"),
+        (4, lambda t: t.mT, r"g must be .* of shape \(5, 7\)"),
+        (4, lambda t: torch.stack((t, t), 2)[..., 0], "g must be contiguous"),
+        (5, lambda t: None, "g without u"),
+        (5, lambda t: t[:, 1:], "u must be"),
+    ],
+)
+def test_wrong_arguments(index, wrong, message):
+    arguments = problem()
+    arguments[index] = wrong(arguments[index])
+    with pytest.raises(ValueError, match=message):
+        ops.diagonal_update_(*arguments)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
