@@ -13,6 +13,7 @@ from sparse_rtrl.cells import (
 )
 from sparse_rtrl.check import check_cell
 from sparse_rtrl.diagonal_cell import DiagonalCell, Given, Learned, Mapped
+from sparse_rtrl.diagonal_stack import DiagonalStack, PerLayerApproximation
 from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.estimate import Estimate, estimate
 from sparse_rtrl.expert_bank import ExpertBank, expert_linear
@@ -29,6 +30,7 @@ __all__ = [
     "CircularTree",
     "ContractError",
     "DiagonalCell",
+    "DiagonalStack",
     "ELSTMCell",
     "Estimate",
     "Evaluation",
@@ -40,6 +42,7 @@ __all__ = [
     "Mapped",
     "Node",
     "NonFiniteError",
+    "PerLayerApproximation",
     "RWKVCell",
     "RetentionCell",
     "Routing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.diagonal_structure import find_layouts
@@ -203,7 +203,7 @@ def _batch_mixing(name: str, value: Tensor, h: Tensor) -> list[str]:
     return []
 
 
-def _reached(value: Tensor, named: list[tuple[str, Tensor]]) -> set[str]:
+def _reached(value: Tensor, named: list[tuple[str, nn.Parameter]]) -> set[str]:
     """Names of the parameters that a value depends on."""
     if not value.requires_grad:
         return set()

@@ -116,7 +116,7 @@ class DiagonalEngine:
         outputs = cell.outputs(rows, states, values)
         self._check_new_state(states)
         segment = self.influence.capture(cell, projections, [s.detach() for s in states], self.steps)
-        if len(self.influence.window) >= self.influence.commit_every:
+        if self.influence.is_full:
             self.influence.commit()
         entry.settle()
         self.influence.record(segment)

@@ -21,11 +21,13 @@ class DiagonalSegment:
     """The map of one or more consecutive steps, entry by entry.
 
     Attributes:
+        steps: how many steps ``n``.
         decay: ``dh_end/dh_entry``, ``(B, *state_shape)``.
         deltas: per projection ``dh_end/dy_t``, ``(n, B, *state_shape)``; None where nothing is kept.
         zs: per projection what multiplies its weight and bias, ``(B, n, J)``; None where nothing is kept.
     """
 
+    steps: int
     decay: Tensor
     deltas: list[Tensor | None]
     zs: list[Tensor | None]
@@ -60,6 +62,7 @@ class DiagonalInfluence:
         ]
         """Per projection ``P (B, R, J)``, the rows as :meth:`Layout.reduce` orders them."""
         self.commit_every = 1
+        """Steps that the window may collect."""
         self.window: list[DiagonalSegment] = []
         self.window_key: object = object()
 
@@ -108,7 +111,8 @@ class DiagonalInfluence:
         decays = decays.unflatten(0, (steps, batch))
         deltas = [None if d is None else d.unflatten(0, (steps, batch)) for d in by_value]
         decay, deltas = _to_the_end(decays, deltas)
-        return DiagonalSegment(decay, deltas, [self._inputs(p, i, steps, batch) for i, p in enumerate(projections)])
+        zs = [self._inputs(projection, i, steps, batch) for i, projection in enumerate(projections)]
+        return DiagonalSegment(steps, decay, deltas, zs)
 
     def _inputs(self, projection: Projection, number: int, steps: int, batch: int) -> Tensor | None:
         """What multiplies a projection's weight and bias, ``(B, n, J)``."""
@@ -139,6 +143,11 @@ class DiagonalInfluence:
                     " the random states and values of the start: step must not branch on the state or its values"
                 ]
             )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window holds as many steps as it may."""
+        return sum(segment.steps for segment in self.window) >= self.commit_every
 
     def record(self, segment: DiagonalSegment) -> None:
         """Add a captured segment to the window."""
@@ -223,7 +232,7 @@ class DiagonalInfluence:
         """
         check_finite(number, {"the gradient by the state": u})
         if position == 0:
-            if self.commit_every == 1 and len(self.window) == 1:
+            if self.is_full and len(self.window) == 1:
                 return self._commit(u)  # nothing that is still to come can need the influence as it is now
             return self.carried(u)
         by_value: list[list[Tensor]] = [[] for _ in self.layouts]

@@ -22,8 +22,8 @@ class DiagonalRTRL(RTRL):
     Args:
         cell: the cell to train.
         batch_size: streams ``B``.
-        commit_every: segments between two updates of the influence. With 1, which ``"auto"`` takes, the update and the
-            gradient through the past read the influence once together.
+        commit_every: steps between two updates of the influence. With 1, which ``"auto"`` takes, or a segment of that
+            length, the update and the gradient through the past read the influence once together.
         backend: what computes: see :func:`sparse_rtrl.ops.select`.
 
     Raises:

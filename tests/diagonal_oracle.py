@@ -35,7 +35,7 @@ def where(mask: Tensor, new, old):
 
 
 def detached(state):
-    return state.detach() if isinstance(state, Tensor) else tuple(s.detach() for s in state)
+    return state.detach() if isinstance(state, Tensor) else tuple(map(detached, state))
 
 
 def gradients_of(cell) -> dict[str, Tensor]:
