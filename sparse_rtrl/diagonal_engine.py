@@ -54,7 +54,12 @@ class DiagonalEngine:
         self.steps = 0
         like = cell.zero_rows(1)
         self.dtype, self.device = like.dtype, like.device
-        self._expected = {name: (p.shape, p.dtype, p.device) for name, p in cell.named_parameters()}
+        self._parameters = [
+            (f"{prefix}.{attribute}" if prefix else attribute, module._parameters, attribute, _kind(p))
+            for prefix, module in cell.named_modules()
+            for attribute, p in module._parameters.items()
+            if p is not None
+        ]
         self._layouts = find_layouts(cell)
         projections = cell.project(like)
         self._columns = [projection.columns for projection in projections]
@@ -197,12 +202,12 @@ class DiagonalEngine:
         return out
 
     def _check_parameters(self) -> None:
-        for name, parameter in self.cell.named_parameters():
-            now = (parameter.shape, parameter.dtype, parameter.device)
-            if now != self._expected.get(name):
+        for name, owned, attribute, expected in self._parameters:
+            now = _kind(owned[attribute])
+            if now != expected:
                 raise RuntimeError(
-                    f"parameter {name} was {describe(*self._expected[name])} when the learner was built and is"
-                    f" {describe(*now)} now: build a new learner after changing a cell"
+                    f"parameter {name} was {describe(*expected)} when the learner was built and is {describe(*now)}"
+                    " now: build a new learner after changing a cell"
                 )
 
     def _note_unfrozen(self, projections: tuple[Projection, ...]) -> None:
@@ -228,3 +233,8 @@ class DiagonalEngine:
                 raise NonFiniteError(self.steps, list(range(self.batch_size)), name)
         for number, state in enumerate(states[1:], self.steps):
             check_finite(number, {"the new state": state})
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype, torch.device]:
+    assert tensor is not None
+    return tensor.shape, tensor.dtype, tensor.device

@@ -129,7 +129,7 @@ class DiagonalInfluence:
     def _check_layouts(self, decays: Tensor, by_value: list[Tensor | None]) -> None:
         errors = []
         for layout, derivative in zip(self.layouts, by_value, strict=True):
-            if layout is None or derivative is None:
+            if layout is None or derivative is None or layout.plain:
                 continue
             if layout.compressed:
                 errors += [layout.constant_error(decays), layout.constant_error(derivative)]
@@ -164,6 +164,7 @@ class DiagonalInfluence:
         if not self.window:
             return gradients
         decay, deltas, zs = self._joined()
+        decays: dict[Layout, Tensor] = {}
         for number, (layout, matrix, delta, z) in enumerate(zip(self.layouts, self.matrices, deltas, zs, strict=True)):
             if layout is None or matrix is None or delta is None or z is None:
                 continue
@@ -174,8 +175,10 @@ class DiagonalInfluence:
                     query = layout.query(u).flatten(1).contiguous()
                 else:
                     gradients[number] = self._carried(layout, matrix, u)
+            if layout not in decays:
+                decays[layout] = layout.reduce(decay).contiguous()
             rows = layout.reduce(delta).permute(1, 2, 0).contiguous()
-            self._operations.diagonal_update_(matrix, layout.reduce(decay).contiguous(), rows, z, carried, query)
+            self._operations.diagonal_update_(matrix, decays[layout], rows, z, carried, query)
             if carried is not None:
                 gradients[number] = layout.unquery(carried.unsqueeze(1))
         self.window = []

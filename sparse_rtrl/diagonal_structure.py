@@ -34,6 +34,10 @@ class Layout:
     kept: tuple[int, ...] = field(init=False, compare=False)
     summed: tuple[int, ...] = field(init=False, compare=False)
     queried: tuple[int, ...] = field(init=False, compare=False)
+    rows: tuple[int, int, int] = field(init=False, compare=False)
+    """Numbers of summed, kept and queried positions."""
+    plain: bool = field(init=False, compare=False)
+    """Whether every state entry has its own value and its own row of influence."""
 
     def __post_init__(self) -> None:
         axes = range(len(self.shape))
@@ -44,15 +48,12 @@ class Layout:
             ("queried", [a for a in axes if not self.varies[a] and self.shape[a] > 1]),
         ):
             object.__setattr__(self, name, tuple(chosen))
+        rows = tuple(torch.Size(self._sizes(chosen)).numel() for chosen in (self.summed, self.kept, self.queried))
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "plain", len(self.kept) == len(self.shape))
 
     def _sizes(self, axes: tuple[int, ...]) -> list[int]:
         return [self.window[a][1] - self.window[a][0] for a in axes]
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """Numbers of summed, kept and queried positions."""
-        summed, kept, queried = (torch.Size(self._sizes(a)).numel() for a in (self.summed, self.kept, self.queried))
-        return summed, kept, queried
 
     def windowed(self, entries: Tensor) -> Tensor:
         """The part of ``(..., *state_shape)`` that the value reaches."""
@@ -63,6 +64,8 @@ class Layout:
 
     def reduce(self, entries: Tensor) -> Tensor:
         """``(..., *state_shape)`` to the rows of the influence, ``(..., R)``, summed axes outside."""
+        if self.plain:
+            return entries.flatten(entries.dim() - len(self.shape))
         entries = self.windowed(entries)
         lead = entries.dim() - len(self.shape)
         for axis, varies in enumerate(self.varies):
@@ -100,6 +103,8 @@ class Layout:
 
     def query(self, entries: Tensor) -> Tensor:
         """Cotangents of entries ``(B, *state_shape)`` as ``(B, summed, kept, queried)``, ignored axes added up."""
+        if self.plain:
+            return entries.reshape(len(entries), 1, -1, 1)
         entries = self.windowed(entries)
         ignored = [
             1 + a for a in range(len(self.shape)) if not (a in self.summed or a in self.kept or a in self.queried)
@@ -111,6 +116,8 @@ class Layout:
 
     def unquery(self, gradient: Tensor) -> Tensor:
         """Gradient ``(kept, queried, J)`` of the rows of a weight as ``(M, J)``, in the order of the value."""
+        if self.plain:
+            return gradient.squeeze(1)
         axes = (*self.kept, *self.queried)
         sizes = self._sizes(axes)
         back = sorted(range(len(axes)), key=lambda place: axes[place])

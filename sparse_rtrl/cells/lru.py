@@ -83,7 +83,9 @@ class LRUCell(DiagonalCell):
     def project(self, x: Tensor) -> tuple[Projection, ...]:
         """``λ``, ``γ`` and ``B x``."""
         B = torch.complex(self.B_real, self.B_imag)
-        return Learned(self.eigenvalues()), Learned(torch.exp(self.gamma)), Mapped(x, B, self.state_shape)
+        # A complex gamma saves the second backward pass that a real value in a complex state needs.
+        gamma = torch.exp(self.gamma).to(B.dtype)
+        return Learned(self.eigenvalues()), Learned(gamma), Mapped(x, B, self.state_shape)
 
     def step(self, h: Tensor, *values: Tensor) -> Tensor:
         """``λ h + γ (B x)``."""
