@@ -1,10 +1,10 @@
-"""Cosine to the exact gradient of the per-layer approximation of stacks, and of truncated BPTT, over the segment length.
+"""Cosine to the exact gradient of the per-layer approximation of stacks, and of truncated BPTT, by segment length.
 
-``python bench/stack_approximation.py --out bench/results/stack_approximation.json``. Stacks of diagonal cells predict the
-bytes of the standard library's source files; after some training by the per-layer rule, parameters are fixed and the
-gradient of the loss over a stretch of text is taken three ways: BPTT through all of it in float64 (which is what
-``Carry(stack)`` gives, at the cost of the joint influence), ``PerLayerApproximation``, and truncated BPTT, the latter two
-with segments of ``n`` steps.
+``python bench/stack_approximation.py --out bench/results/stack_approximation.json``. Stacks of diagonal cells predict
+the bytes of the standard library's source files; after some training by the per-layer rule, parameters are fixed and
+the gradient of the loss over a stretch of text is taken three ways: BPTT through all of it in float64 (which is what
+``Carry(stack)`` gives, at the cost of the joint influence), ``PerLayerApproximation``, and truncated BPTT, the latter
+two with segments of ``n`` steps.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--depth", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--train-bytes", type=int, default=100_000)
+    parser.add_argument("--train-bytes", type=int, default=24_000)
     parser.add_argument("--steps", type=int, default=256, help="length of the stretch of text")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--out", type=Path)
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             "options": settings,
             "results": results,
         }
-        options.out.write_text(json.dumps(out, indent=1))
+        options.out.write_text(json.dumps(out, indent=1) + "\n")
     return results
 
 
