@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -35,11 +36,11 @@ class Mapped:
     shape: tuple[int, ...]
     bias: Tensor | None = None
 
-    @property
+    @cached_property
     def value(self) -> Tensor:
-        """``W x + b``, ``(N, *shape)``."""
+        """``W x + b``, ``(N, *shape)``, in the precision of the weight also under autocast."""
         x = self.x.to(self.weight.dtype) if self.weight.is_complex() else self.x
-        return F.linear(x, self.weight, self.bias).unflatten(-1, self.shape)
+        return F.linear(x, self.weight, self.bias).to(self.weight.dtype).unflatten(-1, self.shape)
 
     @property
     def columns(self) -> int:

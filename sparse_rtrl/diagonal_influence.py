@@ -234,6 +234,7 @@ class DiagonalInfluence:
             NonFiniteError: if ``u`` is not finite.
         """
         check_finite(number, {"the gradient by the state": u})
+        u = u.resolve_conj()
         if position == 0:
             if self.is_full and len(self.window) == 1:
                 return self._commit(u)  # nothing that is still to come can need the influence as it is now

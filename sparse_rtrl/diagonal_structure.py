@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -191,6 +192,16 @@ def diagonals(new: Tensor, leaves: list[Tensor], phases: Tensor | None = None) -
     return out
 
 
+def _in_double(cell: DiagonalCell) -> DiagonalCell:
+    """A copy of a cell in double precision, complex parameters too, in which small differences are seen."""
+    cell = copy.deepcopy(cell).double()
+    for parameter in cell.parameters():
+        if parameter.is_complex():
+            parameter.data = parameter.data.to(torch.complex128)
+    return cell
+
+
+@torch.enable_grad()
 def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
     """The layout of every projection of a cell, from derivatives at random states and values; None for given ones.
 
@@ -198,6 +209,7 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
         ContractError: if state entries mix, if ``step`` uses a parameter itself or is not holomorphic, or if
             projections do not fit the state.
     """
+    cell = _in_double(cell)
     generator = torch.Generator().manual_seed(0)
     rows = 3
     like = cell.zero_rows(rows)
@@ -206,19 +218,17 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
         return torch.randn(shape, generator=generator, dtype=dtype).to(like.device)
 
     x = random(like.shape, like.dtype)
-    with torch.enable_grad():
-        projections = tuple(cell.project(x))
+    projections = tuple(cell.project(x))
     _check_projections(cell, projections, rows)
     initial = cell.initial_entries(rows)
     before = random(initial.shape, initial.dtype).requires_grad_()
     values = []
-    with torch.enable_grad():
-        for projection in projections:
-            value = projection.value.detach()
-            # Away from initial values, which may agree where later ones do not.
-            noise = torch.rand(value.shape, generator=generator, dtype=like.dtype).to(value.device)
-            values.append((value * (1 - 0.5 * noise) + 0.01 * noise).expand(before.shape).requires_grad_())
-        new = cell.step(before, *values)
+    for projection in projections:
+        value = projection.value.detach()
+        # Away from initial values, which may agree where later ones do not.
+        noise = torch.rand(value.shape, generator=generator, dtype=like.dtype).to(value.device)
+        values.append((value * (1 - 0.5 * noise) + 0.01 * noise).expand(before.shape).requires_grad_())
+    new = cell.step(before, *values)
     if not isinstance(new, Tensor) or new.shape != before.shape or new.dtype != before.dtype:
         got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
         raise ContractError([f"step must return state entries {before.dtype} {tuple(before.shape)}, got {got}"])

@@ -38,7 +38,7 @@ class LRUCell(DiagonalCell):
         h_t = \lambda \odot h_{t-1} + \gamma \odot (B x_t), \qquad o_t = \mathrm{Re}(C h_t) + D x_t, \\
         \lambda = \exp(-\exp \nu + i \exp \theta), \qquad \gamma = \exp \gamma_{log},
 
-    with complex ``h``, ``B`` and ``C`` (section 3, equation 7 and appendix A). ``|λ|`` starts uniformly on a ring,
+    with complex ``h``, ``B`` and ``C`` (section 3). ``|λ|`` starts uniformly on a ring,
     ``γ = sqrt(1 - |λ|²)``. Influence: ``hidden_size * (input_size + 2)`` complex numbers per stream.
 
     Args:
