@@ -4,6 +4,7 @@ import argparse
 import math
 
 import carry
+import stack_approximation
 import truncation_bias
 
 
@@ -26,3 +27,12 @@ def test_truncation_bias():
     assert math.isfinite(result["bits_per_byte"])
     for row in result["rows"]:
         assert row["carry_relative_error"] < 1e-5 < 1e-3 < row["tbptt_relative_error"]
+
+
+def test_stack_approximation():
+    arguments = ["--cell", "lru", "--depth", "2", "--width", "4", "--batch", "2", "--train-bytes", "200"]
+    (result,) = stack_approximation.main([*arguments, "--steps", "12", "--lengths", "1", "12"])
+    one, whole = result["rows"]
+    assert one["per_layer_cosine_last_cell"] > 0.99999 > one["per_layer_cosine_all"]
+    assert whole["per_layer_cosine_all"] > 0.99999 > one["tbptt_cosine_last_cell"]
+    assert result["per_layer_bytes"] < result["joint_bytes"]

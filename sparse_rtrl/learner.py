@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
+from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
@@ -18,11 +20,14 @@ from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 from sparse_rtrl.slot_moe_pass import FusedSegment, FusedSteps
 
+if TYPE_CHECKING:
+    from sparse_rtrl.diagonal_engine import DiagonalEngine
 
-class _Entry:
+
+class SegmentEntry:
     """The entry of a segment: receives ``dL/dh_entry`` in the backward pass and answers with gradients."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | DiagonalEngine) -> None:
         self.engine = engine
         self.step = engine.steps
         self.used = False
@@ -34,24 +39,31 @@ class _Entry:
         self.position = len(self.engine.influence.window)
         self.window_key = self.engine.influence.window_key
 
-    def gradients(self, u: Tensor) -> list[Tensor]:
-        return self.engine.groups.split(*self.past(u.flatten(1)))
+    def gradients(self, u: Tensor) -> Sequence[Tensor | None]:
+        """Gradients through the past, one per tensor given to :class:`EnterSegment`, for ``u = dL/dh_entry``."""
+        self._check_in_time()
+        gradients = self.engine.past_gradients(self.position, u, self.step)
+        self.used = True
+        return gradients
 
-    def past(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient through everything before the segment, core and experts, for ``u = dL/dh_entry (B, H)``."""
+    def totals(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for a slot cell as columns: core ``(N_core,)`` and experts ``(E, N_expert)``; ``u (B, H)``."""
+        assert isinstance(self.engine, Engine)
+        self._check_in_time()
+        gradients = self.engine.influence.loss_gradient(self.position, u, self.step)
+        self.used = True
+        return gradients
+
+    def _check_in_time(self) -> None:
         if self.used:
             raise RuntimeError(
                 "backward was called twice for the same output of the learner; add the losses up and call it once"
             )
-        influence = self.engine.influence
-        if self.window_key is not influence.window_key:
+        if self.window_key is not self.engine.influence.window_key:
             raise RuntimeError(
                 "backward came too late: the influence has moved past this step. Call backward before the next step or"
                 " reset, take several steps as one segment with unroll, or raise commit_every"
             )
-        gradients = influence.loss_gradient(self.position, u, self.step)
-        self.used = True
-        return gradients
 
 
 class RTRL:
@@ -64,7 +76,8 @@ class RTRL:
     into the optimizer's step, adds them.
 
     Args:
-        cell: the cell to train.
+        cell: the cell to train: a :class:`~sparse_rtrl.SlotCell`, or a :class:`~sparse_rtrl.DiagonalCell`, which gives
+            a :class:`~sparse_rtrl.diagonal_learner.DiagonalRTRL`.
         batch_size: streams ``B``.
         buffer: segments kept for sleeping experts; one that sleeps longer is brought up to date before its Jacobians
             leave the buffer. ``"auto"`` lets the planner choose at the first step.
@@ -80,9 +93,17 @@ class RTRL:
         BackendError: if the backend is not there, with the remedy.
     """
 
+    def __new__(cls, cell: nn.Module, *args: Any, **kwargs: Any) -> RTRL:
+        """A learner of the kind that the cell needs."""
+        if isinstance(cell, DiagonalCell) and cls is RTRL:
+            from sparse_rtrl.diagonal_learner import DiagonalRTRL
+
+            return super().__new__(DiagonalRTRL)
+        return super().__new__(cls)
+
     def __init__(
         self,
-        cell: SlotCell,
+        cell: SlotCell | DiagonalCell,
         batch_size: int,
         buffer: int | Literal["auto"] = "auto",
         commit_every: int | Literal["auto"] = "auto",
@@ -91,9 +112,9 @@ class RTRL:
     ) -> None:
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
-        self._engine = Engine(cell, batch_size, buffer, catch_up, backend)
+        self._engine = Engine(cell, batch_size, buffer, catch_up, backend)  # type: ignore[arg-type]
         self.commit_every: int | Literal["auto"] = commit_every
-        self._state = cell.initial_state(batch_size).detach()
+        self._state = self.cell.initial_state(batch_size).detach()
 
     @property
     def cell(self) -> SlotCell:
@@ -151,7 +172,7 @@ class RTRL:
     def _run(self, xs: Tensor) -> Tensor | list[Tensor]:
         """Outputs of the steps, ``(n, B, ...)`` or one by one."""
         engine = self._engine
-        self._check_input(xs)
+        check_learning_input(xs, engine)
         with parametrize.cached():
             tensors = engine.checked_tensors()
             if self.commit_every == "auto":
@@ -160,7 +181,7 @@ class RTRL:
                 most = MAX_COMMIT_EVERY if engine.fused is None else MAX_FUSED_COMMIT_EVERY
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing, most)
             engine.influence.commit_every = self.commit_every
-            entry = _Entry(engine)
+            entry = SegmentEntry(engine)
             run = self._run_fused if engine.fused is not None and engine.fused.usable else self._run_captured
             outputs, captured, state = run(xs, entry, tensors)
         engine.influence.make_room(captured[0])
@@ -171,7 +192,7 @@ class RTRL:
         return outputs
 
     def _run_captured(
-        self, xs: Tensor, entry: _Entry, tensors: list[Tensor]
+        self, xs: Tensor, entry: SegmentEntry, tensors: list[Tensor]
     ) -> tuple[list[Tensor], list[StepJacobian], Tensor]:
         """Run the cell's own code step by step, and capture the Jacobians of the steps."""
         engine = self._engine
@@ -192,7 +213,7 @@ class RTRL:
             outputs.append(output)
         return outputs, engine.steps_of(xs, entered, routings, tensors, engine.steps), state
 
-    def _run_fused(self, xs: Tensor, entry: _Entry, tensors: list[Tensor]) -> tuple[Tensor, list[FusedSteps], Tensor]:
+    def _run_fused(self, xs: Tensor, entry: SegmentEntry, tensors: list[Tensor]) -> tuple[Tensor, list[FusedSteps], Tensor]:
         """Run all steps in one compiled call."""
         engine = self._engine
         assert engine.fused is not None
@@ -200,25 +221,6 @@ class RTRL:
         engine.check_fused(steps, state, tensors)
         slots = FusedSegment.apply(entry, steps, slots, *tensors)
         return engine.fused.outputs(steps, slots), [steps], state
-
-    def _check_input(self, xs: Tensor) -> None:
-        engine = self._engine
-        if not isinstance(xs, Tensor) or xs.dim() < 2:
-            raise ValueError(f"x must be a tensor (B, ...), got {_kind(xs[0] if isinstance(xs, Tensor) else xs)}")
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "a learning step needs gradients, but they are disabled (no_grad or inference_mode): use"
-                " learner.evaluate() to run the cell without learning"
-            )
-        if xs.shape[1] != engine.batch_size:
-            raise ValueError(f"x must have batch size {engine.batch_size}, got shape {tuple(xs.shape[1:])}")
-        if xs.requires_grad:
-            raise ValueError(
-                "x must not require a gradient: parameters before the cell would influence later states without being"
-                " carried. Make them part of the cell, or detach x"
-            )
-        if xs.device != engine.device:
-            raise ValueError(f"x must be on {engine.device}, where the learner was built, got {xs.device}")
 
     def _check_update(self, h_write_new: Tensor, output: Tensor, routing: Routing) -> None:
         expected = (self.batch_size, routing.write.shape[1], self.cell.slot_size)
@@ -296,6 +298,31 @@ class RTRL:
         self._state = state["state"].to(self._engine.device, self._engine.dtype).clone()
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
+
+
+def check_learning_input(xs: Tensor, engine: Engine | DiagonalEngine) -> None:
+    """Refuse inputs ``(n, B, ...)`` and modes that a learning step cannot run with.
+
+    Raises:
+        RuntimeError: under ``no_grad``.
+        ValueError: on anything else.
+    """
+    if not isinstance(xs, Tensor) or xs.dim() < 2:
+        raise ValueError(f"x must be a tensor (B, ...), got {_kind(xs[0] if isinstance(xs, Tensor) else xs)}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a learning step needs gradients, but they are disabled (no_grad or inference_mode): use"
+            " learner.evaluate() to run the cell without learning"
+        )
+    if xs.shape[1] != engine.batch_size:
+        raise ValueError(f"x must have batch size {engine.batch_size}, got shape {tuple(xs.shape[1:])}")
+    if xs.requires_grad:
+        raise ValueError(
+            "x must not require a gradient: parameters before the cell would influence later states without being"
+            " carried. Make them part of the cell, or detach x"
+        )
+    if xs.device != engine.device:
+        raise ValueError(f"x must be on {engine.device}, where the learner was built, got {xs.device}")
 
 
 class Evaluation:

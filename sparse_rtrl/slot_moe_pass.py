@@ -255,5 +255,5 @@ class FusedSegment(torch.autograd.Function):
         core = v.new_zeros(groups.core_columns)
         experts = v.new_zeros(groups.num_experts, groups.expert_columns)
         steps.pull_back_(v, core, experts, cotangent)
-        past_core, past_experts = ctx.entry.past(v)
+        past_core, past_experts = ctx.entry.totals(v)
         return None, None, None, *groups.split(core + past_core, experts + past_experts)
