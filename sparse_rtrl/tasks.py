@@ -21,10 +21,13 @@ class Batch:
     Attributes:
         x: one-hot inputs ``(T, B, input_size)`` float.
         target: class asked for at each step ``(T, B)`` int64, :data:`IGNORE` where no answer is asked.
+        reset: mask ``(B,)`` of the streams that start a new sequence at the first step, the others going on where the
+            batch before ended; None if all start anew.
     """
 
     x: Tensor
     target: Tensor
+    reset: Tensor | None = None
 
 
 def _require(condition: bool, argument: str, value: object, expected: str) -> None:
@@ -87,6 +90,18 @@ class Task(ABC):
     @abstractmethod
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Draw ``tokens (B, T)`` and ``target (B, T)``, both int64."""
+
+    def begin(self) -> dict[str, Tensor]:
+        """Draw what a batch of sequences is about, for :meth:`part` to write it out piece by piece."""
+        tokens, target = self._draw()
+        return {"tokens": tokens, "target": target}
+
+    def part(self, begun: dict[str, Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Steps ``start`` to ``stop`` of begun sequences: ``tokens`` and ``target``, both ``(B, stop - start)`` int64.
+
+        Parts are taken from the first step to the last, each once: what is drawn along the way is not kept.
+        """
+        return begun["tokens"][:, start:stop], begun["target"][:, start:stop]
 
     def sample(self) -> Batch:
         """Draw the next batch."""
@@ -155,6 +170,25 @@ class Haystack(Task):
         target[:, -1:] = answer - 4
         return tokens, target
 
+    def begin(self) -> dict[str, Tensor]:
+        """Draw key and value; fillers come with the parts, so that memory does not grow with the length."""
+        key = 1 + self._integers(self.length - 1 - max(self.min_distance, 3), self.batch_size)
+        return {"key": key, "value": self._integers(self.output_size, self.batch_size)}
+
+    def part(self, begun: dict[str, Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`Task.part`."""
+        batch, last = self.batch_size, self.length - 1
+        tokens = 4 + self._integers(self.output_size, batch, stop - start)
+        key, value = begun["key"], begun["value"]
+        ends, first, final = torch.full_like(key, last), torch.zeros_like(key), value + 4
+        for place, token in ((key, self.KEY), (key + 1, final), (key + 2, self.SEP), (first, self.BOS), (ends, self.Q)):
+            here = ((place >= start) & (place < stop)).nonzero().flatten()
+            tokens[here, place[here] - start] = token if isinstance(token, int) else token[here]
+        target = torch.full_like(tokens, IGNORE)
+        if stop > last:
+            target[:, last - start] = value
+        return tokens, target
+
 
 class Copy(Task):
     """Repeat a pattern of symbols after a pause.
@@ -199,6 +233,27 @@ class Copy(Task):
         tokens[:, self.length - n] = go
         target = torch.full_like(tokens, IGNORE)
         target[:, self.length - n :] = pattern
+        return tokens, target
+
+    def begin(self) -> dict[str, Tensor]:
+        """Draw the pattern; blanks come with the parts."""
+        n = self.pattern_length or self.length // 2
+        return {"pattern": self._integers(self.output_size, self.batch_size, n)}
+
+    def part(self, begun: dict[str, Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`Task.part`."""
+        pattern = begun["pattern"]
+        n, blank = pattern.shape[1], self.output_size
+        go = self.length - n
+        tokens = torch.full((self.batch_size, stop - start), blank)
+        target = torch.full_like(tokens, IGNORE)
+        shown, asked = range(start, min(stop, n)), range(max(start, go), stop)
+        if shown:
+            tokens[:, : len(shown)] = pattern[:, shown.start : shown.stop]
+        if start <= go < stop:
+            tokens[:, go - start] = blank + 1
+        if asked:
+            target[:, asked.start - start :] = pattern[:, asked.start - go : asked.stop - go]
         return tokens, target
 
 
