@@ -88,6 +88,7 @@ class RTRL:
         self._engine = Engine(cell, batch_size, buffer, catch_up, backend)
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = cell.initial_state(batch_size).detach()
+        self._entry_state: Tensor | None = None
 
     @property
     def cell(self) -> SlotCell:
@@ -103,6 +104,20 @@ class RTRL:
     def state(self) -> Tensor:
         """State after the last step, ``(B, S, D)``, detached."""
         return self._state.detach()
+
+    @property
+    def entry_state(self) -> Tensor:
+        """State that entered the last segment, ``(B, S, D)``, in its graph.
+
+        A loss may depend on it beside the outputs: its gradient goes through the whole past. Add it to the loss of the
+        outputs before their one backward pass.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._entry_state is None:
+            raise RuntimeError("entry_state is there after a step, but the learner has not taken one")
+        return self._entry_state
 
     @property
     def events(self) -> dict[str, int]:
@@ -153,6 +168,7 @@ class RTRL:
             engine.influence.commit_every = self.commit_every
             entry = _Entry(engine)
             state = EnterSegment.apply(entry, self._state, *tensors)
+            self._entry_state = state
             outputs, entered, routings = [], [], []
             for number, x in enumerate(xs, engine.steps):
                 with torch.no_grad():
