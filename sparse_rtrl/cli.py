@@ -191,7 +191,7 @@ def train(
 ) -> None:
     """Train one model and keep everything about it in a run folder.
 
-    The folder gets `config.json`, `metrics.csv`, TensorBoard event files, `training.png`, `results.json` and the
+    The folder gets `config.json`, `metrics.jsonl`, TensorBoard event files, `training.png`, `results.json` and the
     parameters (`model.pt`).
 
     **Examples**

@@ -84,11 +84,21 @@ def train_one(config: RunConfig, runs: Path, name: str | None) -> None:
     trainer, stream = contestant.build_trainer(config), contestant.build_stream(config)
     folder = runlog.create_run_folder(runs, name, f"{config.task}-{config.method}")
     label = experiments.label_of(config)
-    with runlog.RunLog(folder, asdict(config)) as log:
+    runlog.write_json(folder / "config.json", asdict(config) | {"environment": describe_environment()})
+    with runlog.RunLog(folder) as log:
         with _bars({label: config.updates}) as bars:
             for progress in train(trainer, stream, config.updates):
-                log.update(progress)
-                bars.update(label, log.rows[-1])
+                row = {
+                    "update": progress.update,
+                    "tokens": progress.tokens,
+                    "length": progress.length,
+                    "seconds": progress.seconds,
+                    "loss": progress.tally.mean_loss,
+                    "accuracy": progress.tally.accuracy,
+                    "tokens_per_second": progress.tokens_per_second,
+                }
+                log.metrics(row)
+                bars.update(label, row)
         results = {}
         for length in config.eval_lengths:
             accuracy = contestant.evaluate_at(config, trainer, length)
@@ -107,7 +117,10 @@ def train_one(config: RunConfig, runs: Path, name: str | None) -> None:
         runlog.write_json(folder / "results.json", {"label": label, "accuracy": results})
         torch.save(trainer.method.model.state_dict(), folder / "model.pt")  # type: ignore[attr-defined]
         plots.plot_training(
-            log.rows, contestant.chance(config, config.length), f"{config.task}, {label}", folder / "training.png"
+            runlog.read_lines(folder / "metrics.jsonl"),
+            contestant.chance(config, config.length),
+            f"{config.task}, {label}",
+            folder / "training.png",
         )
     console.print(f"Everything is in {folder}")
 
