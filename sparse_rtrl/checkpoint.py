@@ -71,6 +71,20 @@ def _checksum(version: int, length: int, payload_digest: bytes) -> bytes:
     return hashlib.sha256(struct.pack("<IQ", version, length) + payload_digest).digest()
 
 
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what ``torch.load(weights_only=True)`` would refuse."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(entry, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, entry in enumerate(value):
+            _check_plain(entry, f"{where}[{index}]")
+    elif not (value is None or isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str)):
+        expected = "a tensor, number, string, None, or a dict, list or tuple of them"
+        raise TypeError(f"{where} must be {expected}, got {type(value).__name__}")
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> int:
     """Write a checkpoint, whole or not at all.
 
@@ -82,8 +96,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> int:
         Its size in bytes.
 
     Raises:
+        TypeError: if ``state`` holds anything else, which could not be read again.
         CheckpointError: if it cannot be written, say because the disk is full; what was there is as it was.
     """
+    _check_plain(state, "state")
     new = path.with_name(f".{path.name}.new")
     try:
         with new.open("wb") as file:
@@ -149,7 +165,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path} has an intact checksum but unreadable content: {error}") from error
+            raise CheckpointError(
+                f"{path} holds something else than tensors, numbers, strings and containers of them; nothing of it was"
+                " executed"
+            ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} must hold a dict, got {type(state).__name__}")
     return state
