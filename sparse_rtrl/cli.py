@@ -83,7 +83,16 @@ class TaskName(str, Enum):
     recall = "recall"
 
 
-_CELL, _TASK, _OPTIMIZER, _OUTPUT = "Cell", "Task", "Training", "Output"
+_CELL, _TASK, _OPTIMIZER, _OUTPUT, _LONG = "Cell", "Task", "Training", "Output", "Long runs"
+
+EXIT_INTERRUPTED = 75
+"""Exit status of ``train`` after SIGTERM or SIGINT: everything is saved, ``--resume`` goes on (EX_TEMPFAIL)."""
+
+_CHANGEABLE = {
+    *("updates", "learning_rate", "final_learning_rate", "clip_norm", "weight_decay", "influence_cap", "threads"),
+    *("checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "log_every"),
+}
+"""Options that may be given together with ``--resume``."""
 
 Methods = Annotated[list[Method], typer.Option("--method", "-m", help="Repeat the option for several methods.")]
 Cell = Annotated[CellName, typer.Option(help="The recurrent cell.", rich_help_panel=_CELL)]
@@ -116,7 +125,7 @@ Pairs = Annotated[int, typer.Option(help="Recall: key-value pairs to remember.",
 BatchSize = Annotated[int, typer.Option(help="Streams.", rich_help_panel=_OPTIMIZER)]
 Updates = Annotated[int, typer.Option(help="Batches to train on.", rich_help_panel=_OPTIMIZER)]
 Segment = Annotated[int, typer.Option(help="Steps per segment of rtrl and tbptt.", rich_help_panel=_OPTIMIZER)]
-LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of Adam.", rich_help_panel=_OPTIMIZER)]
+LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.", rich_help_panel=_OPTIMIZER)]
 FinalLearningRate = Annotated[
     float,
     typer.Option("--final-lr", help="Learning rate at the last update, reached linearly.", rich_help_panel=_OPTIMIZER),
@@ -155,8 +164,21 @@ def _config(values: dict[str, Any]) -> RunConfig:
     return RunConfig(**settings, task_options=options)
 
 
+def _changes(ctx: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given together with ``--resume``.
+
+    Raises:
+        ValueError: if one of them must be as it was.
+    """
+    given = {n for n in ctx.params if getattr(ctx.get_parameter_source(n), "name", "") == "COMMANDLINE"} - {"resume"}
+    if fixed := sorted(given - _CHANGEABLE):
+        raise ValueError(f"{', '.join(fixed)} cannot differ from the run that --resume goes on with; leave it out")
+    return {name: getattr(_config(values), name) for name in given}
+
+
 @app.command(rich_help_panel="Learn")
 def train(
+    ctx: typer.Context,
     method: Annotated[Method, typer.Option("--method", "-m", help="Where the gradient comes from.")] = Method.rtrl,
     cell: Cell = CellName.slot_moe,
     slot_size: SlotSize = 16,
@@ -178,6 +200,15 @@ def train(
     learning_rate: LearningRate = 1e-2,
     final_learning_rate: FinalLearningRate = 1e-3,
     clip_norm: ClipNorm = 1.0,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=_OPTIMIZER)] = 0.0,
+    influence_cap: Annotated[
+        float | None,
+        typer.Option(
+            help="Method rtrl: largest Frobenius norm of the influence of a stream and group; what exceeds it is "
+            "scaled down, which is logged and makes the gradient inexact.",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = None,
     step_per_segment: StepPerSegment = False,
     seed: Seed = 0,
     threads: Threads = 1,
@@ -186,13 +217,33 @@ def train(
         list[int] | None,
         typer.Option(help="Length to score at; repeat for several; --length if absent.", rich_help_panel=_OPTIMIZER),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder, from its newest checkpoint, or from this checkpoint. Its own "
+            "options count; updates, learning rates, clipping, decay, cap, threads, logging, checkpoints may differ.",
+            rich_help_panel=_LONG,
+        ),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Minutes between two checkpoints.", rich_help_panel=_LONG)
+    ] = 5.0,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Updates between two checkpoints besides.", rich_help_panel=_LONG)
+    ] = None,
+    keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints to keep.", rich_help_panel=_LONG)] = 3,
+    log_every: Annotated[int, typer.Option(help="Updates between two lines of metrics.", rich_help_panel=_LONG)] = 1,
     runs: Runs = Path("runs"),
     name: Name = None,
 ) -> None:
     """Train one model and keep everything about it in a run folder.
 
-    The folder gets `config.json`, `metrics.csv`, TensorBoard event files, `training.png`, `results.json` and the
-    parameters (`model.pt`).
+    The folder gets `config.json`, `metrics.jsonl`, `events.jsonl`, TensorBoard event files, `checkpoints/`,
+    `training.png`, `results.json` and the parameters (`model.pt`).
+
+    A run that was killed goes on with `--resume` as if nothing had happened, bit for bit. SIGTERM and SIGINT (Ctrl-C)
+    finish the segment, save and exit with status 75; a second one stops at once. A run that diverges stops with
+    status 2 and names the first bad step and the checkpoint from before it.
 
     **Examples**
 
@@ -200,12 +251,19 @@ def train(
     - `sparse-rtrl train -m tbptt --segment 8 --name truncated` — the same with truncated BPTT
     - `sparse-rtrl train --task recall --pairs 8 --start-length 40 --length 200 --slot-size 32`
     - `sparse-rtrl train --evaluate-at 128 --evaluate-at 10000` — score far beyond the training length
+    - `sparse-rtrl train --name long --updates 20000 --checkpoint-minutes 1` and then
+      `sparse-rtrl train --resume runs/long` — after a crash, a kill or Ctrl-C
     - `tensorboard --logdir runs` — look at all runs
     """
-    config = _config({**locals(), "eval_lengths": tuple(evaluate_at or [length])})
-    from sparse_rtrl.commands import train_one
+    values = {**locals(), "eval_lengths": tuple(evaluate_at or [length])}
+    from sparse_rtrl import commands
 
-    train_one(config, runs, name)
+    if resume is None:
+        finished = commands.train_one(_config(values), runs, name)
+    else:
+        finished = commands.resume(resume, _changes(ctx, values))
+    if not finished:
+        raise typer.Exit(code=EXIT_INTERRUPTED)
 
 
 @compare_app.command("direct")

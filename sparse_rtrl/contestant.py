@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ import torch
 
 from sparse_rtrl.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
 from sparse_rtrl.cells import SlotMoECell, SparseLatentMoECell
+from sparse_rtrl.evaluation import Accuracy, evaluate
+from sparse_rtrl.gradient_method import GradientMethod, SparseRTRL
 from sparse_rtrl.measurement import median_seconds, peak_growth
 from sparse_rtrl.slot_cell import SlotCell
-from sparse_rtrl.tasks import TASKS, Batch, Curriculum, Task
-from sparse_rtrl.training import Accuracy, GradientMethod, Progress, SparseRTRL, Trainer, evaluate, train
+from sparse_rtrl.tasks import TASKS, Curriculum, Stream, Task
+from sparse_rtrl.training import Progress, Trainer, train
 
 METHODS = {
     "rtrl": "exact sparse RTRL, in segments",
@@ -67,16 +69,22 @@ class RunConfig:
         updates: batches to train on.
         segment: steps per segment of rtrl and tbptt.
         buffer: segments the tree keeps (rtrl).
-        commit_every: see :class:`~sparse_rtrl.training.SparseRTRL`.
+        commit_every: see :class:`~sparse_rtrl.gradient_method.SparseRTRL`.
         catch_up: see :class:`~sparse_rtrl.RTRL`.
-        learning_rate: of Adam.
+        learning_rate: of AdamW.
         final_learning_rate: learning rate at the last update, reached linearly; None for constant.
         clip_norm: largest gradient norm; None for no clipping.
+        weight_decay: of AdamW.
+        influence_cap: see :class:`~sparse_rtrl.gradient_method.SparseRTRL`; for the method rtrl only.
         step_per_segment: step after every segment that asks something instead of once per batch.
         seed: of the parameters and of the training sequences.
         threads: threads of PyTorch.
         eval_lengths: lengths to evaluate at after the training.
         eval_sequences: fresh sequences per length.
+        checkpoint_minutes: minutes between two checkpoints of ``sparse-rtrl train``; saving changes nothing in a run.
+        checkpoint_every: updates between two checkpoints besides; None for none.
+        keep_checkpoints: newest checkpoints to keep.
+        log_every: updates between two lines of metrics.
     """
 
     method: str = "rtrl"
@@ -103,11 +111,17 @@ class RunConfig:
     learning_rate: float = 1e-2
     final_learning_rate: float | None = None
     clip_norm: float | None = 1.0
+    weight_decay: float = 0.0
+    influence_cap: float | None = None
     step_per_segment: bool = False
     seed: int = 0
     threads: int = 1
     eval_lengths: tuple[int, ...] = ()
     eval_sequences: int = 1000
+    checkpoint_minutes: float = 5.0
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 3
+    log_every: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -118,9 +132,14 @@ class RunConfig:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
-        for name in ("batch_size", "updates", "segment", "threads", "eval_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        least_one = ("batch_size", "updates", "segment", "threads", "eval_sequences", "keep_checkpoints", "log_every")
+        for name in (*least_one, "checkpoint_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint_minutes must be positive, got {self.checkpoint_minutes}")
+        if self.influence_cap is not None and self.method != "rtrl":
+            raise ValueError(f"influence_cap must be None for the method {self.method}, got {self.influence_cap}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
@@ -137,7 +156,7 @@ def build_task(config: RunConfig, length: int, batch_size: int, seed: int) -> Ta
     return TASKS[config.task](length, batch_size, seed=seed, **config.task_options)
 
 
-def build_stream(config: RunConfig) -> Iterable[Batch]:
+def build_stream(config: RunConfig) -> Stream:
     """The training sequences of a run: the task, under a curriculum if the run has one."""
     start = config.length if config.start_length is None else config.start_length
     task = build_task(config, config.length, config.batch_size, config.seed)
@@ -161,7 +180,15 @@ def build_method(config: RunConfig) -> GradientMethod:
         return TBPTT(cell, config.segment)
     if config.method == "jacrev":
         return DenseJacobianRTRL(cell)
-    return SparseRTRL(cell, config.batch_size, config.segment, config.buffer, config.commit_every, config.catch_up)
+    return SparseRTRL(
+        cell,
+        config.batch_size,
+        config.segment,
+        config.buffer,
+        config.commit_every,
+        config.catch_up,
+        config.influence_cap,
+    )
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -172,6 +199,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         config.final_learning_rate,
         config.clip_norm,
         config.step_per_segment,
+        config.weight_decay,
     )
 
 

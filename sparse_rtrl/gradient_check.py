@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sparse_rtrl.baselines import BPTT
+from sparse_rtrl.gradient_method import GradientMethod, SparseRTRL
 from sparse_rtrl.slot_cell import Routing, SlotCell
 from sparse_rtrl.tasks import Batch
-from sparse_rtrl.training import GradientMethod, SparseRTRL
 
 EXACT_TOLERANCE = 1e-12
 """Largest error of a float64 gradient."""

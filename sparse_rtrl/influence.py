@@ -310,11 +310,39 @@ class Influence:
             out[p.name] = _shaped(experts[:, :, :-1, p.columns].transpose(1, 2), p.shape)
         return out
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Frobenius norms of the influence as it is stored: core ``(B,)`` and experts ``(B, E)``.
+
+        Steps of the window are not in it, and a sleeping expert's is that of its last update.
+        """
+        core = torch.linalg.vector_norm(self.core[:, :-1], dim=(1, 2))
+        experts = torch.linalg.vector_norm(self.experts[:, :-1], dim=(1, 2))
+        return core, experts.view(self.batch_size, self.groups.num_experts)
+
+    def cap_(self, largest: float) -> tuple[int, float]:
+        """Scale every matrix whose norm exceeds ``largest`` down to it; the gradient is then no longer exact.
+
+        Loss rows, which are gradients already formed, stay as they are.
+
+        Returns:
+            How many matrices were scaled, and the largest norm there was.
+        """
+        scaled, highest = 0, 0.0
+        for P, norms in zip((self.core, self.experts), self.norms(), strict=True):
+            over = (norms.flatten() > largest).nonzero().flatten()
+            highest = max(highest, float(norms.max()) if norms.numel() else 0.0)
+            scaled += len(over)
+            P[over, :-1] *= (largest / norms.flatten()[over]).view(-1, 1, 1)
+        return scaled, highest
+
     def state_dict(self) -> dict[str, Any]:
-        """Commit, then everything needed to resume bit for bit."""
-        self.commit()
+        """Everything needed to resume bit for bit, the window included; nothing is committed.
+
+        A window of chains (:class:`~sparse_rtrl.step_chain.StepChain`) must be committed before.
+        """
         return {
             **{name: getattr(self, name).clone() for name in _TENSORS},
+            "window": [step.state_dict() for step in _steps_only(self.window)],
             "parameters": [(p.name, p.start) for p in self.groups.all],
             "commits": self.commits,
             "plan": None if self.plan is None else {name: getattr(self.plan, name) for name in PLAN_FIELDS},
@@ -354,7 +382,8 @@ class Influence:
             getattr(self, name).copy_(state[name])
         self.commits = state["commits"]
         self.events = Counter(state["events"])
-        self._new_window()
+        self.window = [StepJacobian.from_state_dict(step, self.core.device) for step in state["window"]]
+        self.window_key = object()
 
     def adopt(self, other: Influence) -> None:
         """Take over the influence of an object for the same cell with fewer parameters; new columns stay zero."""
@@ -490,6 +519,14 @@ def _steps(window: Sequence[StepJacobian | StepChain]) -> list[StepJacobian]:
     return [captured.as_step if isinstance(captured, StepChain) else captured for captured in window]
 
 
+def _steps_only(window: Sequence[StepJacobian | StepChain]) -> list[StepJacobian]:
+    """The window, which must hold no chain."""
+    steps = [captured for captured in window if isinstance(captured, StepJacobian)]
+    if len(steps) < len(window):
+        raise RuntimeError("a window of chains cannot be saved: commit it first")
+    return steps
+
+
 def check_finite(step: int, values: dict[str, Tensor]) -> None:
     """Refuse values ``(B, ...)`` that hold NaN or infinity.
 
@@ -509,4 +546,4 @@ def _shaped(columns: Tensor, shape: torch.Size) -> Tensor:
     return columns.reshape(*columns.shape[:-1], *shape)
 
 
-_TENSORS = ("core", "experts", "last_update", "influenced", "awake", "handed_out")
+_TENSORS = ("core", "experts", "last_update", "influenced", "awake", "handed_out", "window_loss_row")

@@ -89,6 +89,7 @@ class RTRL:
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = cell.initial_state(batch_size).detach()
         self._entry_state: Tensor | None = None
+        self._routings: list[Routing] = []
 
     @property
     def cell(self) -> SlotCell:
@@ -190,6 +191,7 @@ class RTRL:
         engine.influence.record(steps)
         engine.steps += len(steps)
         self._state = state.detach()
+        self._routings = routings
         return outputs
 
     def _check_input(self, xs: Tensor) -> None:
@@ -254,6 +256,34 @@ class RTRL:
         initial = engine.cell.initial_state(engine.batch_size).detach()
         self._state = torch.where(streams.view(-1, 1, 1), initial, self._state)
 
+    @property
+    def routings(self) -> list[Routing]:
+        """What the steps of the last call touched."""
+        return self._routings
+
+    def influence_norms(self) -> tuple[Tensor, Tensor]:
+        """Frobenius norms of the influence, core ``(B,)`` and experts ``(B, E)``, in one pass over it.
+
+        They are those of the last commit, and for a sleeping expert those of its last update.
+        """
+        return self._engine.influence.norms()
+
+    def cap_influence(self, largest: float) -> tuple[int, float]:
+        """Scale the influence of every stream and group whose norm exceeds ``largest`` down to it.
+
+        A brake for recurrences that have become unstable: the part of the gradient that goes through the past is then
+        too small by as much, and no longer exact.
+
+        Args:
+            largest: Frobenius norm that none may exceed, positive.
+
+        Returns:
+            How many were scaled, and the largest norm there was.
+        """
+        if not largest > 0:
+            raise ValueError(f"largest must be positive, got {largest}")
+        return self._engine.influence.cap_(largest)
+
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every recurrent parameter, ``(B, H, *shape)``, brought up to date."""
         return self._engine.influence.matrices()
@@ -263,10 +293,14 @@ class RTRL:
         return Evaluation(self.cell, self.state.clone())
 
     def state_dict(self) -> dict[str, Any]:
-        """State, influence and tree, after committing; with it and the cell's own, training resumes bit for bit."""
+        """State, influence, tree and window; with it and the cell's own, training resumes bit for bit.
+
+        Taking it changes nothing, so a run that saves takes the same path as one that does not.
+        """
         return {
-            "version": 1,
+            "version": 2,
             "influence": self._engine.influence.state_dict(),
+            "capture": self._engine.capture.state_dict(),
             "state": self._state.clone(),
             "steps": self._engine.steps,
             "commit_every": self.commit_every,
@@ -278,12 +312,13 @@ class RTRL:
         Raises:
             ValueError: if it does not fit this learner; nothing is changed then.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
-        missing = {"influence", "state", "steps", "commit_every"} - set(state)
+        if state.get("version") != 2:
+            raise ValueError(f"state must be of version 2, got {state.get('version')!r}")
+        missing = {"influence", "capture", "state", "steps", "commit_every"} - set(state)
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
         self._engine.influence.load_state_dict(state["influence"])
+        self._engine.capture.load_state_dict(state["capture"])
         self._state = state["state"].to(self._engine.device, self._engine.dtype).clone()
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,31 @@ class Batch:
     x: Tensor
     target: Tensor
     reset: Tensor | None = None
+
+
+class Stream(Protocol):
+    """An endless source of batches that can say where it is and go on from there: a task, a curriculum, a corpus."""
+
+    @property
+    def input_size(self) -> int:
+        """Width of the inputs."""
+
+    @property
+    def output_size(self) -> int:
+        """Number of classes; 256 means that the targets are bytes."""
+
+    @property
+    def batch_size(self) -> int:
+        """Streams ``B``."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches from the current position on; the position moves with each."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as tensors, numbers and containers of them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the position that :meth:`state_dict` returned."""
 
 
 def _require(condition: bool, argument: str, value: object, expected: str) -> None:
@@ -112,6 +138,15 @@ class Task(ABC):
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self.sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the task is: the state of its generator and the current length."""
+        return {"generator": self.generator.get_state(), "length": self.length}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.length = state["length"]
+        self.generator.set_state(state["generator"])
 
     def _integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator)
@@ -402,6 +437,8 @@ class Curriculum:
         self.stop = stop
         self.updates = updates
         self.shape = shape
+        self.update = 0
+        """Batches drawn so far."""
 
     @property
     def input_size(self) -> int:
@@ -433,8 +470,16 @@ class Curriculum:
         return round(self.start + (self.stop - self.start) * progress)
 
     def __iter__(self) -> Iterator[Batch]:
-        update = 0
         while True:
-            self.task.length = self.length_at(update)
+            self.task.length = self.length_at(self.update)
+            self.update += 1
             yield self.task.sample()
-            update += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the curriculum is, and where its task is."""
+        return {"update": self.update, "task": self.task.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.update = state["update"]
+        self.task.load_state_dict(state["task"])

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparse_rtrl.cli import app
+from sparse_rtrl.runlog import METRICS, read_lines
 
 TINY = ["--batch-size", "2", "--updates", "3", "--eval-sequences", "20", "--slot-size", "8", "--length", "12"]
 
@@ -34,10 +35,9 @@ def test_train_keeps_everything_in_a_run_folder(method, tmp_path):
     output = invoke("train", "-m", method, *TINY, "--runs", tmp_path, "--name", "it", "--evaluate-at", 16)
     folder = tmp_path / "it"
     assert "chance 25.0%" in output and "length 16" in output
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["update"] for row in rows] == ["1", "2", "3"]
-    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+    rows = read_lines(folder / "metrics.jsonl")
+    assert [row["update"] for row in rows] == [1, 2, 3]
+    assert all(row["tokens_per_second"] > 0 and set(row) <= set(METRICS) for row in rows)
     assert json.loads((folder / "config.json").read_text())["method"] == method
     assert "16" in json.loads((folder / "results.json").read_text())["accuracy"]
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")

@@ -170,7 +170,7 @@ def test_resuming_is_bit_for_bit(catch_up, commit_every, tmp_path):
 def test_state_dict_of_another_learner_is_refused_and_changes_nothing():
     learner, x = RTRL(small_cell(), 2, buffer=6, catch_up="replay"), inputs(3, 2)
     run(learner, x, range(3))
-    good = learner.state_dict()  # commits
+    good = learner.state_dict()
     before = snapshot(learner)
     for other, message in (
         (RTRL(small_cell(), 3), "batch size"),
@@ -180,8 +180,8 @@ def test_state_dict_of_another_learner_is_refused_and_changes_nothing():
     ):
         with pytest.raises(ValueError, match=message):
             learner.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match="version 1, got 2"):
-        learner.load_state_dict({**good, "version": 2})
+    with pytest.raises(ValueError, match="version 2, got 1"):
+        learner.load_state_dict({**good, "version": 1})
     with pytest.raises(ValueError, match=r"lacks \['influence'\]"):
         learner.load_state_dict({name: value for name, value in good.items() if name != "influence"})
     assert_same(before, snapshot(learner))
