@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from sparse_rtrl.gradient_method import GradientMethod, RecurrentModel, Tally, backpropagate, unroll
+from sparse_rtrl.gradient_method import (
+    GradientMethod,
+    RecurrentModel,
+    Tally,
+    backpropagate,
+    lyapunov_metrics,
+    unroll,
+)
+from sparse_rtrl.lyapunov import LyapunovRegularizer
 from sparse_rtrl.slot_cell import Routing, SlotCell
 
 
@@ -18,36 +26,50 @@ class TBPTT(GradientMethod):
     Args:
         model: a :class:`~sparse_rtrl.SlotCell` or a module that takes whole sequences.
         segment: steps per segment; None for a whole batch.
+        lyapunov: see :class:`~sparse_rtrl.gradient_method.GradientMethod`.
     """
 
-    def __init__(self, model: RecurrentModel, segment: int | None = 8) -> None:
+    def __init__(
+        self, model: RecurrentModel, segment: int | None = 8, lyapunov: LyapunovRegularizer | None = None
+    ) -> None:
         if segment is not None and segment < 1:
             raise ValueError(f"segment must be at least 1, got {segment}")
         self.model = model
         self.segment = segment
+        self.lyapunov = lyapunov
         self._state: Tensor | None = None
 
     def reset(self, streams: Tensor | None = None) -> None:
         """See :meth:`GradientMethod.reset`."""
         self._state = _started_anew(self.model, self._state, streams)
+        if self.lyapunov is not None:
+            self.lyapunov.reset(streams)
 
     def learn(self, x: Tensor, target: Tensor, divisor: int) -> Tally:
         """See :meth:`GradientMethod.learn`."""
         state = self.model.initial_state(x.shape[1]) if self._state is None else self._state
+        penalty = None if self.lyapunov is None else self.lyapunov.loss(x, state)
         # A segment that asks nothing has no gradient here, so it needs no graph.
         with torch.set_grad_enabled(divisor > 0):
             outputs, state = unroll(self.model, x, state)
-            tally = backpropagate(outputs, target, divisor) if divisor else Tally()
+        tally = backpropagate(outputs, target, divisor, penalty)
         self._state = state.detach()
         return tally
 
+    def metrics(self) -> dict[str, Any]:
+        """The Lyapunov exponent, if it is watched."""
+        return lyapunov_metrics(self.lyapunov)
+
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`GradientMethod.state_dict`."""
-        return {"state": self._state}
+        lyapunov = None if self.lyapunov is None else self.lyapunov.state_dict()
+        return {"state": self._state, "lyapunov": lyapunov}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`GradientMethod.load_state_dict`."""
         self._state = state["state"]
+        if self.lyapunov is not None:
+            self.lyapunov.load_state_dict(state["lyapunov"])
 
 
 class BPTT(TBPTT):
@@ -57,10 +79,11 @@ class BPTT(TBPTT):
 
     Args:
         model: a :class:`~sparse_rtrl.SlotCell` or a module that takes whole sequences.
+        lyapunov: see :class:`~sparse_rtrl.gradient_method.GradientMethod`.
     """
 
-    def __init__(self, model: RecurrentModel) -> None:
-        super().__init__(model, segment=None)
+    def __init__(self, model: RecurrentModel, lyapunov: LyapunovRegularizer | None = None) -> None:
+        super().__init__(model, None, lyapunov)
 
 
 def _started_anew(model: RecurrentModel, state: Tensor | None, streams: Tensor | None) -> Tensor | None:

@@ -83,6 +83,17 @@ class TaskName(str, Enum):
     recall = "recall"
 
 
+class TrainingData(str, Enum):
+    """The tasks, and the kinds of corpora that :data:`~sparse_rtrl.contestant.CORPORA` names."""
+
+    haystack = "haystack"
+    copy = "copy"
+    anbn = "anbn"
+    recall = "recall"
+    bytes = "bytes"
+    fasta = "fasta"
+
+
 _CELL, _TASK, _OPTIMIZER, _OUTPUT, _LONG = "Cell", "Task", "Training", "Output", "Long runs"
 
 EXIT_INTERRUPTED = 75
@@ -150,6 +161,10 @@ def _config(values: dict[str, Any]) -> RunConfig:
 
     task = values["task"].value
     options: dict[str, Any] = {}
+    if task in ("bytes", "fasta"):
+        values = {**values, "start_length": None, "eval_lengths": ()}
+    if values.get("corpus") is not None:
+        values = {**values, "corpus": str(values["corpus"])}
     if task == "haystack":
         distance = values.get("min_distance")
         options["min_distance"] = values["segment"] + 1 if distance is None else distance
@@ -187,8 +202,35 @@ def train(
     top_k: TopK = 2,
     read_slots: ReadSlots = 2,
     write_slots: WriteSlots = 2,
-    task: TaskChoice = TaskName.haystack,
-    length: Length = 128,
+    task: Annotated[
+        TrainingData,
+        typer.Option(
+            help="What to learn: a task, or to predict the next byte of files (bytes) or the next base of DNA (fasta).",
+            rich_help_panel=_TASK,
+        ),
+    ] = TrainingData.haystack,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tasks bytes and fasta: a file, or a folder whose files are read one after the other; without it, "
+            "bytes reads the source of Python's standard library.",
+            rich_help_panel=_TASK,
+        ),
+    ] = None,
+    reset_at_borders: Annotated[
+        bool,
+        typer.Option(
+            help="Tasks bytes and fasta: start a new sequence with every file, or FASTA sequence.",
+            rich_help_panel=_TASK,
+        ),
+    ] = False,
+    length: Annotated[
+        int,
+        typer.Option(
+            help="Steps per sequence at the end of training; of bytes and fasta, steps per update.",
+            rich_help_panel=_TASK,
+        ),
+    ] = 128,
     start_length: StartLength = 12,
     curriculum_updates: CurriculumUpdates = None,
     curriculum_shape: CurriculumShape = "geometric",
@@ -209,6 +251,17 @@ def train(
             rich_help_panel=_OPTIMIZER,
         ),
     ] = None,
+    lyapunov_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Methods rtrl, bptt, tbptt: add this times the squared distance of the finite-time Lyapunov exponent "
+            "from its target to the loss of every segment; 0 only logs the exponent.",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = None,
+    lyapunov_target: Annotated[
+        float, typer.Option(help="Exponent aimed at, in nats per step.", rich_help_panel=_OPTIMIZER)
+    ] = 0.0,
     step_per_segment: StepPerSegment = False,
     seed: Seed = 0,
     threads: Threads = 1,
@@ -251,6 +304,8 @@ def train(
     - `sparse-rtrl train -m tbptt --segment 8 --name truncated` — the same with truncated BPTT
     - `sparse-rtrl train --task recall --pairs 8 --start-length 40 --length 200 --slot-size 32`
     - `sparse-rtrl train --evaluate-at 128 --evaluate-at 10000` — score far beyond the training length
+    - `sparse-rtrl train --task bytes --corpus FILE --length 64 --updates 1000` — predict the next byte of any file;
+      `--task fasta` for DNA; without `--corpus` the source of Python's standard library
     - `sparse-rtrl train --name long --updates 20000 --checkpoint-minutes 1` and then
       `sparse-rtrl train --resume runs/long` — after a crash, a kill or Ctrl-C
     - `tensorboard --logdir runs` — look at all runs

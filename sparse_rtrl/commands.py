@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,8 +168,20 @@ def _go_on(run: Run, path: Path, state: dict[str, Any], changes: dict[str, Any])
         console.print(f"Saved with torch {before['torch']}, going on with {torch.__version__}: not bit for bit")
 
 
+def _bits_per_symbol(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Cross entropy in bits over the whole stream and over its last tenth, from the lines of metrics."""
+    begins = [0, *(row["tokens"] for row in rows)]
+    late = [(row, begin) for row, begin in zip(rows, begins, strict=False) if row["tokens"] > 0.9 * begins[-1]]
+    bits = {}
+    for name, part in (("stream", list(zip(rows, begins, strict=False))), ("last_tenth", late)):
+        told = [(row["loss"], row["tokens"] - begin) for row, begin in part if not math.isnan(row["loss"])]
+        bits[name] = sum(loss * count for loss, count in told) / sum(count for _, count in told) / math.log(2)
+    return bits
+
+
 def _score(config: RunConfig, training: Training, log: runlog.RunLog) -> None:
     folder, model, label = log.folder, training.trainer.method.model, experiments.label_of(config)
+    rows = runlog.read_lines(folder / "metrics.jsonl")
     results = {}
     for length in config.eval_lengths:
         accuracy = contestant.evaluate_at(config, training.trainer, length)
@@ -184,11 +197,15 @@ def _score(config: RunConfig, training: Training, log: runlog.RunLog) -> None:
             f" (chance {level:.1%})",
             highlight=False,
         )
-    runlog.write_json(folder / "results.json", {"label": label, "accuracy": results})
+    summary: dict[str, Any] = {"label": label, "accuracy": results}
+    if config.task in contestant.CORPORA:
+        bits = summary["bits_per_symbol"] = _bits_per_symbol(rows)
+        console.print(f"bits per symbol: {bits['stream']:.3f} over the stream, {bits['last_tenth']:.3f} at its end")
+    runlog.write_json(folder / "results.json", summary)
     torch.save(model.state_dict(), folder / "model.pt")
     plots.plot_training(
-        runlog.read_lines(folder / "metrics.jsonl"),
-        contestant.chance(config, config.length),
+        rows,
+        training.stream.chance,
         f"{config.task}, {label}",
         folder / "training.png",
     )

@@ -15,16 +15,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from sparse_rtrl.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
 from sparse_rtrl.cells import SlotMoECell, SparseLatentMoECell
+from sparse_rtrl.corpora import ByteCorpus, FastaCorpus, byte_corpus, fasta_corpus
 from sparse_rtrl.evaluation import Accuracy, evaluate
 from sparse_rtrl.gradient_method import GradientMethod, SparseRTRL
+from sparse_rtrl.lyapunov import LyapunovRegularizer
 from sparse_rtrl.measurement import median_seconds, peak_growth
 from sparse_rtrl.slot_cell import SlotCell
+from sparse_rtrl.streams import CorpusStream
 from sparse_rtrl.tasks import TASKS, Curriculum, Stream, Task
 from sparse_rtrl.training import Progress, Trainer, train
 
@@ -40,6 +44,9 @@ METHODS = {
 
 CELLS: dict[str, Callable[..., SlotCell]] = {"slot-moe": SlotMoECell, "sparse-latent-moe": SparseLatentMoECell}
 """Cells by the name they have on the command line."""
+
+CORPORA = {"bytes": ByteCorpus, "fasta": FastaCorpus}
+"""Kinds of corpora by the name they have as a task on the command line."""
 
 # Half of the 32 bits that PyTorch's CPU generator takes of a seed: no run is scored on the stream it trained on.
 _EVALUATION_SEED = 1 << 31
@@ -59,9 +66,11 @@ class RunConfig:
         read_slots: slots read in a step.
         write_slots: slots written in a step.
         cell_options: further arguments of the cell.
-        task: one of :data:`~sparse_rtrl.tasks.TASKS`.
+        task: one of :data:`~sparse_rtrl.tasks.TASKS`, or of :data:`CORPORA` to predict the next symbol of real data.
         task_options: further arguments of the task.
-        length: length of the sequences at the end of the training.
+        corpus: file or folder of a corpus; None for the standard library's source if ``task`` is ``bytes``.
+        reset_at_borders: see :class:`~sparse_rtrl.streams.CorpusStream`.
+        length: length of the sequences at the end of the training; of a corpus, steps per update.
         start_length: length at its beginning; None for ``length``, that is no curriculum.
         curriculum_updates: updates until ``length`` is reached; None for all ``updates``.
         curriculum_shape: see :class:`~sparse_rtrl.tasks.Curriculum`.
@@ -76,6 +85,9 @@ class RunConfig:
         clip_norm: largest gradient norm; None for no clipping.
         weight_decay: of AdamW.
         influence_cap: see :class:`~sparse_rtrl.gradient_method.SparseRTRL`; for the method rtrl only.
+        lyapunov_weight: weight of the Lyapunov regularizer, added to the loss of every segment; 0 only watches the
+            exponent, None does neither. For slot cells with rtrl, bptt and tbptt.
+        lyapunov_target: exponent it aims at, in nats per step.
         step_per_segment: step after every segment that asks something instead of once per batch.
         seed: of the parameters and of the training sequences.
         threads: threads of PyTorch.
@@ -98,6 +110,8 @@ class RunConfig:
     cell_options: dict[str, Any] = field(default_factory=dict)
     task: str = "haystack"
     task_options: dict[str, Any] = field(default_factory=dict)
+    corpus: str | None = None
+    reset_at_borders: bool = False
     length: int = 128
     start_length: int | None = None
     curriculum_updates: int | None = None
@@ -113,6 +127,8 @@ class RunConfig:
     clip_norm: float | None = 1.0
     weight_decay: float = 0.0
     influence_cap: float | None = None
+    lyapunov_weight: float | None = None
+    lyapunov_target: float = 0.0
     step_per_segment: bool = False
     seed: int = 0
     threads: int = 1
@@ -127,7 +143,7 @@ class RunConfig:
         for name, value, known in (
             ("method", self.method, METHODS),
             ("cell", self.cell, CELLS),
-            ("task", self.task, TASKS),
+            ("task", self.task, (*TASKS, *CORPORA)),
             ("catch_up", self.catch_up, ("auto", "eager", "replay", "product")),
         ):
             if value not in known:
@@ -140,6 +156,15 @@ class RunConfig:
             raise ValueError(f"checkpoint_minutes must be positive, got {self.checkpoint_minutes}")
         if self.influence_cap is not None and self.method != "rtrl":
             raise ValueError(f"influence_cap must be None for the method {self.method}, got {self.influence_cap}")
+
+        if self.lyapunov_weight is not None and self.method not in ("rtrl", "bptt", "tbptt"):
+            raise ValueError(f"lyapunov_weight must be None for the method {self.method}, got {self.lyapunov_weight}")
+        if self.task not in CORPORA and (self.corpus is not None or self.reset_at_borders):
+            raise ValueError(f"corpus and reset_at_borders are for the tasks {', '.join(CORPORA)}, got {self.task}")
+        if self.task in CORPORA and (self.eval_lengths or self.start_length is not None):
+            raise ValueError(f"eval_lengths and start_length are for sequences; {self.task} is a stream without end")
+        if self.task == "fasta" and self.corpus is None:
+            raise ValueError("corpus must name a FASTA file or a folder of them for the task fasta, got None")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
@@ -157,7 +182,11 @@ def build_task(config: RunConfig, length: int, batch_size: int, seed: int) -> Ta
 
 
 def build_stream(config: RunConfig) -> Stream:
-    """The training sequences of a run: the task, under a curriculum if the run has one."""
+    """What a run trains on: its corpus, or the sequences of its task, under a curriculum if the run has one."""
+    if config.task in CORPORA:
+        path = None if config.corpus is None else Path(config.corpus)
+        corpus = fasta_corpus(path) if config.task == "fasta" and path is not None else byte_corpus(path)
+        return CorpusStream(corpus, config.batch_size, config.length, config.reset_at_borders)
     start = config.length if config.start_length is None else config.start_length
     task = build_task(config, config.length, config.batch_size, config.seed)
     updates = config.curriculum_updates or config.updates
@@ -167,17 +196,22 @@ def build_stream(config: RunConfig) -> Stream:
 def build_method(config: RunConfig) -> GradientMethod:
     """The model of a run, freshly initialised from its seed, and the way to its gradient."""
     torch.manual_seed(config.seed)
-    task = build_task(config, config.length, config.batch_size, config.seed)
+    kind = CORPORA.get(config.task)
+    task = kind or build_task(config, config.length, config.batch_size, config.seed)
     if config.method in ("gru-bptt", "rnn-bptt"):
         hidden_size = config.num_slots * config.slot_size
         return BPTT(RecurrentNetwork(config.method[:3], task.input_size, hidden_size, task.output_size))
     sizes = {name: getattr(config, name) for name in ("slot_size", "num_slots", "num_experts", "top_k")}
     sizes |= {"read_slots": config.read_slots, "write_slots": config.write_slots} | config.cell_options
     cell = CELLS[config.cell](input_size=task.input_size, output_size=task.output_size, **sizes)
+    lyapunov = None
+    if config.lyapunov_weight is not None:
+        weight, target = config.lyapunov_weight, config.lyapunov_target
+        lyapunov = LyapunovRegularizer(cell, config.batch_size, weight, target, config.seed)
     if config.method == "bptt":
-        return BPTT(cell)
+        return BPTT(cell, lyapunov)
     if config.method == "tbptt":
-        return TBPTT(cell, config.segment)
+        return TBPTT(cell, config.segment, lyapunov)
     if config.method == "jacrev":
         return DenseJacobianRTRL(cell)
     return SparseRTRL(
@@ -188,6 +222,7 @@ def build_method(config: RunConfig) -> GradientMethod:
         config.commit_every,
         config.catch_up,
         config.influence_cap,
+        lyapunov,
     )
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from sparse_rtrl.errors import NonFiniteLossError
+from sparse_rtrl.lyapunov import LyapunovRegularizer
 from sparse_rtrl.routing_usage import RoutingUsage
 from sparse_rtrl.slot_cell import SlotCell
 from sparse_rtrl.tasks import IGNORE, Batch
@@ -115,10 +116,12 @@ class GradientMethod(ABC):
     Attributes:
         model: what is trained.
         segment: steps per segment; None for a whole batch.
+        lyapunov: watches the Lyapunov exponent, and adds its loss to that of every segment; None for neither.
     """
 
     model: RecurrentModel
     segment: int | None = None
+    lyapunov: LyapunovRegularizer | None = None
 
     @abstractmethod
     def reset(self, streams: Tensor | None = None) -> None:
@@ -197,17 +200,24 @@ def split_batch(
         yield x, target, (asked if mean_per_segment else asked_in_batch) if asked else 0
 
 
-def backpropagate(outputs: Tensor, target: Tensor, divisor: int) -> Tally:
-    """Backpropagate the loss of a segment that asks something.
+def backpropagate(outputs: Tensor, target: Tensor, divisor: int, penalty: Tensor | None = None) -> Tally:
+    """Backpropagate the loss of a segment, if it has one.
 
     Args:
         outputs: logits ``(n, B, output_size)``.
         target: classes ``(n, B)``.
-        divisor: what the summed loss is divided by.
+        divisor: what the summed loss is divided by; 0 if the segment asks nothing.
+        penalty: added to the loss; it does not count in the tally.
 
     Raises:
         NonFiniteLossError: if the loss is not finite, with the first step where it is not.
     """
+    if penalty is not None and not penalty.requires_grad:
+        penalty = None  # the exponent is only watched
+    if not divisor:
+        if penalty is not None:
+            penalty.backward()
+        return Tally()
     loss, tally = answer_loss(outputs, target)
     if not math.isfinite(tally.loss):
         per_answer = functional.cross_entropy(
@@ -215,8 +225,14 @@ def backpropagate(outputs: Tensor, target: Tensor, divisor: int) -> Tally:
         )
         bad = ~torch.isfinite(per_answer).view_as(target).all(1)
         raise NonFiniteLossError(tally.loss, int(bad.nonzero()[0]) if bool(bad.any()) else 0)
-    (loss / divisor).backward()
+    mean = loss / divisor
+    (mean if penalty is None else mean + penalty).backward()
     return tally
+
+
+def lyapunov_metrics(lyapunov: LyapunovRegularizer | None) -> dict[str, Any]:
+    """The exponent since the last call, if it is watched."""
+    return {} if lyapunov is None else {"lyapunov": lyapunov.take_exponent()}
 
 
 class SparseRTRL(GradientMethod):
@@ -231,6 +247,7 @@ class SparseRTRL(GradientMethod):
         catch_up: see :class:`~sparse_rtrl.RTRL`.
         influence_cap: largest Frobenius norm of the influence of a stream and group, see
             :meth:`~sparse_rtrl.RTRL.cap_influence`; None for no limit.
+        lyapunov: see :class:`GradientMethod`.
     """
 
     def __init__(
@@ -242,6 +259,7 @@ class SparseRTRL(GradientMethod):
         commit_every: int | Literal["auto"] | None = None,
         catch_up: Literal["auto", "eager", "replay", "product"] = "auto",
         influence_cap: float | None = None,
+        lyapunov: LyapunovRegularizer | None = None,
     ) -> None:
         from sparse_rtrl.learner import RTRL
 
@@ -252,6 +270,7 @@ class SparseRTRL(GradientMethod):
         self.model = cell
         self.segment = segment
         self.influence_cap = influence_cap
+        self.lyapunov = lyapunov
         self.learner = RTRL(
             cell,
             batch_size=batch_size,
@@ -265,11 +284,14 @@ class SparseRTRL(GradientMethod):
     def reset(self, streams: Tensor | None = None) -> None:
         """See :meth:`GradientMethod.reset`."""
         self.learner.reset(streams)
+        if self.lyapunov is not None:
+            self.lyapunov.reset(streams)
 
     def learn(self, x: Tensor, target: Tensor, divisor: int) -> Tally:
         """See :meth:`GradientMethod.learn`."""
         outputs = self.learner.unroll(x)
-        tally = backpropagate(outputs, target, divisor) if divisor else Tally()
+        penalty = None if self.lyapunov is None else self.lyapunov.loss(x, self.learner.entry_state)
+        tally = backpropagate(outputs, target, divisor, penalty)
         self._usage.count(self.learner.routings)
         if self.influence_cap is not None:
             capped, norm = self.learner.cap_influence(self.influence_cap)
@@ -289,7 +311,7 @@ class SparseRTRL(GradientMethod):
         """Influence norms, expert load, slot use and sleep lengths."""
         core, experts = (norms.square().mean(0).sqrt() for norms in self.learner.influence_norms())
         norms = {"influence_norm_core": float(core), "influence_norm_experts": experts.tolist()}
-        return norms | self._usage.metrics()
+        return norms | self._usage.metrics() | lyapunov_metrics(self.lyapunov)
 
     def events(self) -> list[dict[str, Any]]:
         """Whether the influence was capped."""
@@ -310,6 +332,7 @@ class SparseRTRL(GradientMethod):
             "learner": self.learner.state_dict(),
             "usage": self._usage.state_dict(),
             "capped": (self._capped, self._largest_norm),
+            "lyapunov": None if self.lyapunov is None else self.lyapunov.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -317,3 +340,5 @@ class SparseRTRL(GradientMethod):
         self.learner.load_state_dict(state["learner"])
         self._usage.load_state_dict(state["usage"])
         self._capped, self._largest_norm = state["capped"]
+        if self.lyapunov is not None:
+            self.lyapunov.load_state_dict(state["lyapunov"])

@@ -262,6 +262,7 @@ class JacobianCapture:
             for piece in use.build(grad)
             if piece[0].name not in self.dense
         ]
+        capture.uses.clear()  # they refer back to the capture: the expanded graph would live until a garbage collection
         pieces += self._dense_pieces(x, state, routing, tracked)
         signature = (self.cell.training, *((p.name, tuple(delta.shape)) for p, delta, _ in pieces))
         core = _join([piece for piece in pieces if not piece[0].expert], (batch, width), state)

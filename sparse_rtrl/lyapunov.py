@@ -158,6 +158,7 @@ class LyapunovRegularizer:
         self._tangent = torch.empty_like(like)
         self._growth = like.new_zeros(batch_size, dtype=torch.float64)
         self._steps = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
+        self._since_line = (0.0, 0)  # growth and steps since the last call of take_exponent
         self.reset()
 
     def reset(self, streams: Tensor | None = None) -> None:
@@ -192,6 +193,8 @@ class LyapunovRegularizer:
             loss = self.weight * (exponent - self.target).square().mean()
         self._growth = self._growth + growth.detach()
         self._steps = self._steps + len(xs)
+        logarithm, steps = self._since_line
+        self._since_line = (logarithm + float(growth.detach().sum()), steps + growth.numel() * len(xs))
         return loss
 
     @property
@@ -200,12 +203,19 @@ class LyapunovRegularizer:
         steps = int(self._steps.sum())
         return float(self._growth.sum()) / steps if steps else math.nan
 
+    def take_exponent(self) -> float:
+        """Exponent over the steps since the last call, in nats per step, over the streams; NaN if there were none."""
+        growth, steps = self._since_line
+        self._since_line = (0.0, 0)
+        return growth / steps if steps else math.nan
+
     def state_dict(self) -> dict[str, Any]:
         """Tangent vectors, sums and random state; with it the regularizer goes on bit for bit."""
         return {
             "tangent": self._tangent.clone(),
             "growth": self._growth.clone(),
             "steps": self._steps.clone(),
+            "since_line": self._since_line,
             "generator": self._generator.get_state(),
         }
 
@@ -221,4 +231,5 @@ class LyapunovRegularizer:
             )
         self._tangent = state["tangent"].to(self._tangent).clone()
         self._growth, self._steps = state["growth"].to(self._growth).clone(), state["steps"].to(self._steps).clone()
+        self._since_line = state["since_line"]
         self._generator.set_state(state["generator"])

@@ -46,6 +46,10 @@ class Stream(Protocol):
     def batch_size(self) -> int:
         """Streams ``B``."""
 
+    @property
+    def chance(self) -> float:
+        """Accuracy of the best answer that ignores the input."""
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches from the current position on; the position moves with each."""
 
