@@ -478,6 +478,25 @@ def demo(
 
 
 @app.command(rich_help_panel="Inspect")
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Folders of runs of sparse-rtrl train.", metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("report"),
+) -> None:
+    """Write one HTML page about runs, finished or not: curves, memory, expert load, slot use, and how they compare.
+
+    The page, `report.html`, holds its pictures and opens without a network; they are also written beside it as PNG.
+
+    **Examples**
+
+    - `sparse-rtrl report runs/long` — one run, also while it is going on
+    - `sparse-rtrl report runs/rtrl runs/truncated --out comparison`
+    """
+    from sparse_rtrl.run_report import write_report
+
+    typer.echo(f"The report is {write_report(run, out)}")
+
+
+@app.command(rich_help_panel="Inspect")
 def check(
     length: Annotated[list[int] | None, typer.Option(help="Steps; repeat for several.", rich_help_panel=_TASK)] = None,
     cell: Cell = CellName.slot_moe,
