@@ -332,25 +332,25 @@ def small_cell(size=256):
 
 @pytest.mark.parametrize("make", [lambda: SparseRTRL(small_cell(), 3, 4), lambda: TBPTT(small_cell(), 4)])
 def test_an_endless_stream_is_learned_online_logged_and_resumed(make, tmp_path):
-    def run(folder, updates, state=None):
+    def run(folder, state=None):
         torch.manual_seed(0)
-        trainer = Trainer(make(), step_per_segment=True)
-        training = Training(trainer, Bytes(), updates)
-        folder.mkdir(exist_ok=True)
-        with RunLog(folder, resume_at=state["training"]["update"] if state else 0) as log:
-            run = Run(training, log, CheckpointFolder(folder / "checkpoints", 1), {}, log_every=2)
+        training = Training(Trainer(make(), step_per_segment=True), Bytes(), 9)
+        folder.mkdir()
+        checkpoints = CheckpointFolder(folder / "checkpoints", keep=5)
+        with RunLog(folder) as log:
+            run = Run(training, log, checkpoints, {}, checkpoint_every=3, log_every=2)
             if state:
                 run.load_state_dict(state)
             assert run.carry_out() is None
-        return CheckpointFolder(folder / "checkpoints").load_newest()[1]
+        states = [load_checkpoint(path) for path in checkpoints.paths()]
+        return states, read_lines(folder / "metrics.jsonl")
 
-    expected = run(tmp_path / "one", 9)
-    state = run(tmp_path / "two", 5)
-    found = run(tmp_path / "two", 9, state)
-    assert differences(expected["training"], found["training"]) == []
-    rows = read_lines(tmp_path / "two" / "metrics.jsonl")
-    # The shorter run also logs its last update.
-    assert [row["update"] for row in rows] == [2, 4, 5, 6, 8, 9] and set(rows[0]) <= set(METRICS)
+    states, rows = run(tmp_path / "one")
+    assert [state["training"]["update"] for state in states] == [0, 3, 6, 9]
+    found, later_rows = run(tmp_path / "two", states[1])
+    assert differences(states[-1], found[-1]) == []
+    assert [row["update"] for row in rows] == [2, 4, 6, 8, 9] and set(rows[0]) <= set(METRICS)
+    assert differences(rows[1:], later_rows) == []  # the first of them averages over an update before the checkpoint
     assert rows[0]["bits_per_byte"] == pytest.approx(rows[0]["loss"] / math.log(2))
     assert rows[0]["tokens"] == 42
     if "expert_load" in rows[0]:
