@@ -112,12 +112,22 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, limit):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_save_that_fails_late_leaves_the_checkpoints_before(tmp_path, monkeypatch, call):
+def test_a_save_that_fails_late_leaves_what_was_there(tmp_path, monkeypatch, call):
     folder = CheckpointFolder(tmp_path)
-    with pytest.raises(CheckpointError, match="there is no earlier one"), monkeypatch.context() as patched:
-        patched.setattr(os, call, lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left on device; there is no"), monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
         folder.save(STATE, 1, 7)
     assert not list(tmp_path.iterdir())
+    path, _ = folder.save(STATE, 1, 7)
+    content = path.read_bytes()
+    with pytest.raises(CheckpointError), monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        save_checkpoint(path, {"other": 1})
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_rename_comes_after_the_content_is_on_the_disk(tmp_path, monkeypatch):
