@@ -123,7 +123,7 @@ class JacobianCapture:
 
     def state_dict(self) -> dict[str, Any]:
         """What was found out about ``update``: it decides which steps are captured together, and so how they round."""
-        return {"dense": sorted(self.dense), "checked": list(self._checked)}
+        return {"dense": sorted(self.dense), "checked": sorted(self._checked, key=repr)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""

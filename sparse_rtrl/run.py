@@ -174,10 +174,9 @@ class Run:
             try:
                 return self._carry_out(stop, on_metrics)
             except DivergenceError as error:
-                paths = self.checkpoints.paths()
-                before = str(paths[-1]) if paths else None
-                self._event("diverged", error=str(error), step=error.step, checkpoint=before)
-                error.args = (f"{error}; the newest checkpoint is from before it: {before}",)
+                before = [str(path) for path in self.checkpoints.paths()]
+                self._event("diverged", error=str(error), step=error.step, checkpoints=before)
+                error.args = (f"{error}. Checkpoints from before it, oldest first: {', '.join(before)}",)
                 raise
 
     def _carry_out(self, stop: StopSignals, on_metrics: Callable[[dict[str, Any]], None]) -> str | None:

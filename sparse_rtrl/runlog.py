@@ -58,7 +58,7 @@ EVENTS = {
     "influence_capped": "the influence was scaled down to `cap`: `times` groups of streams since the last update, the"
     " largest norm being `norm`",
     "interrupted": "`signal` arrived; everything was saved",
-    "diverged": "`error` stopped the run at `step`; `checkpoint` is from before it",
+    "diverged": "`error` stopped the run at `step`; `checkpoints` are from before it, oldest first",
     "finished": "all updates are done",
 }
 """Values of ``event`` in ``events.jsonl``. Every line also has ``update``, ``tokens`` and ``time`` (Unix time)."""

@@ -155,16 +155,32 @@ def test_resuming_is_bit_for_bit(catch_up, commit_every, tmp_path):
     pattern = make_pattern("random", 40, 2)
     cell = PatternCell(pattern, dense=False).double()
     x, c = inputs(40, 2), cotangents(40, 2, density=0.7)
-    learner = RTRL(cell, 2, buffer=6, commit_every=commit_every, catch_up=catch_up)
-    online(learner, x[:23], c[:23])
+    undisturbed, learner, other = (
+        RTRL(copy.deepcopy(cell), 2, buffer=6, commit_every=commit_every, catch_up=catch_up) for _ in range(3)
+    )
+    for each in (undisturbed, learner):
+        online(each, x[:23], c[:23])  # ends in the middle of a window of 5
     torch.save(learner.state_dict(), tmp_path / "learner.pt")
-    other = RTRL(copy.deepcopy(cell), 2, buffer=6, commit_every=commit_every, catch_up=catch_up)
     other.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
     resets = {9: torch.tensor([True, False])}
-    one, two = (online(each, x[23:], c[23:], resets=resets) for each in (learner, other))
-    assert_same(one.values(), two.values())
-    assert_same(learner.influence().values(), other.influence().values())
-    assert torch.equal(learner.state, other.state)
+    gradients = [online(each, x[23:], c[23:], resets=resets).values() for each in (undisturbed, learner, other)]
+    for each, mine in zip((learner, other), gradients[1:], strict=True):
+        assert_same(gradients[0], mine)
+        assert_same(undisturbed.influence().values(), each.influence().values())
+        assert torch.equal(undisturbed.state, each.state)
+
+
+def test_saving_in_the_middle_of_a_window_does_not_end_it():
+    cell, x = small_cell(), inputs(4, 2)
+    learner = RTRL(cell, 2, commit_every=4)
+    learner(x[0])
+    output = learner(x[1])
+    state = learner.state_dict()
+    assert len(state["influence"]["window"]) == 2 and state["influence"]["commits"] == 0
+    output.sum().backward()  # still in time
+    other = RTRL(copy.deepcopy(cell), 2, commit_every=4)
+    other.load_state_dict(state)
+    assert len(other._engine.influence.window) == 2
 
 
 def test_state_dict_of_another_learner_is_refused_and_changes_nothing():
