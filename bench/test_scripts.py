@@ -3,6 +3,7 @@
 import argparse
 import math
 
+import byte_stream
 import carry
 import stack_approximation
 import truncation_bias
@@ -36,3 +37,14 @@ def test_stack_approximation():
     assert one["per_layer_cosine_last_cell"] > 0.99999 > one["per_layer_cosine_all"]
     assert whole["per_layer_cosine_all"] > 0.99999 > one["tbptt_cosine_last_cell"]
     assert result["per_layer_bytes"] < result["joint_bytes"]
+
+
+def test_byte_stream(tmp_path):
+    arguments = ["--methods", "tbptt", "--seeds", "3", "--batch", "2", "--segment", "4", "--slot-size", "4"]
+    arguments += ["--tokens", "96", "--runs", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
+    (run,) = byte_stream.main([*arguments, "--out", str(tmp_path / "out.json")])
+    assert (run["tokens"], run["updates"], run["seed"]) == (96, 12, 3)
+    assert run["bits_per_byte"] == sum(bits for _, bits, _ in run["curve"]) / 12
+    assert run["bits_per_byte_by_tenth"][-1] == run["curve"][-1][1]
+    assert byte_stream.main(arguments) == [run]  # nothing is done twice
+    assert (tmp_path / "plot.png").exists() and (tmp_path / "out.json").exists()

@@ -265,9 +265,11 @@ class DiagonalInfluence:
                 matrix[streams] = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The influence matrices, after committing."""
-        self.commit()
-        return {"matrices": [None if matrix is None else matrix.clone() for matrix in self.matrices]}
+        """The influence matrices and the window; nothing is committed."""
+        return {
+            "matrices": [None if matrix is None else matrix.clone() for matrix in self.matrices],
+            "window": [vars(segment) for segment in self.window],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -282,8 +284,24 @@ class DiagonalInfluence:
         for matrix, stored in zip(self.matrices, state["matrices"], strict=True):
             if matrix is not None:
                 matrix.copy_(stored)
-        self.window = []
+        self.window = [DiagonalSegment(**segment) for segment in state["window"]]
         self.window_key = object()
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Frobenius norms of the stored influence, ``(B,)``, and those of the experts, of which there are none."""
+        stored = [matrix for matrix in self.matrices if matrix is not None]
+        per_matrix = torch.stack([torch.linalg.vector_norm(matrix, dim=(1, 2)) for matrix in stored])
+        norms = torch.linalg.vector_norm(per_matrix, dim=0)
+        return norms, norms.new_zeros(len(norms), 0)
+
+    def cap_(self, largest: float) -> tuple[int, float]:
+        """As :meth:`sparse_rtrl.influence.Influence.cap_`, for the streams whose norm exceeds ``largest``."""
+        norms, _ = self.norms()
+        over = (norms > largest).nonzero().flatten()
+        for matrix in self.matrices:
+            if matrix is not None:
+                matrix[over] *= (largest / norms[over]).view(-1, 1, 1)
+        return len(over), float(norms.max())
 
 
 def _real(tensor: Tensor) -> Tensor:

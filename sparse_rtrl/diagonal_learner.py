@@ -47,6 +47,7 @@ class DiagonalRTRL(RTRL):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
         self._engine = DiagonalEngine(cell, batch_size, backend)
         self.commit_every = commit_every
+        self._routings = []
         self._state: State = _detached(cell.initial_state(batch_size))  # type: ignore[assignment]
 
     @property
@@ -58,6 +59,15 @@ class DiagonalRTRL(RTRL):
     def state(self) -> State:  # type: ignore[override]
         """State after the last step, ``(B, *state_shape)``, detached; with the previous input where the cell looks."""
         return self._state
+
+    @property
+    def entry_state(self) -> Tensor:
+        """Not kept for a diagonal cell.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(f"entry_state is there for slot cells only, got a {type(self.cell).__name__}")
 
     @property
     def events(self) -> dict[str, int]:
@@ -119,7 +129,7 @@ class DiagonalRTRL(RTRL):
         return DiagonalEvaluation(self.cell, _map(Tensor.clone, self.state))
 
     def state_dict(self) -> dict[str, Any]:
-        """State and influence, after committing; with it and the cell's own, training resumes bit for bit."""
+        """State, influence and window; with it and the cell's own, training resumes bit for bit."""
         return {
             "version": 1,
             "diagonal": self._engine.influence.state_dict(),

@@ -96,6 +96,7 @@ class Engine:
             like.device,
             self.backend,
         )
+        self.influence.fused = self.fused
 
     @full_precision
     def tensors(self) -> list[Tensor]:
@@ -166,7 +167,7 @@ class Engine:
             last = position + 1 == steps.count
             values = (steps.saved[position], state) if last else (steps.saved[position],)
             if not all(bool(torch.isfinite(value).all()) for value in values):
-                self._check_parameters(steps.routing(position), tensors, self.steps + position)
+                self._check_parameters(steps.routings[position], tensors, self.steps + position)
                 for value in values:
                     check_finite(self.steps + position, {"the new state": value})
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparse_rtrl.baselines import BPTT
 from sparse_rtrl.diagonal_cell import DiagonalCell
+from sparse_rtrl.gradient_method import GradientMethod, SparseRTRL
 from sparse_rtrl.slot_cell import Routing, SlotCell
 from sparse_rtrl.tasks import Batch
-from sparse_rtrl.training import GradientMethod, SparseRTRL
 
 EXACT_TOLERANCE = 1e-12
 """Largest error of a float64 gradient."""

@@ -41,20 +41,6 @@ class SegmentEntry:
 
     def gradients(self, u: Tensor) -> Sequence[Tensor | None]:
         """Gradients through the past, one per tensor given to :class:`EnterSegment`, for ``u = dL/dh_entry``."""
-        self._check_in_time()
-        gradients = self.engine.past_gradients(self.position, u, self.step)
-        self.used = True
-        return gradients
-
-    def totals(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for a slot cell as columns: core ``(N_core,)`` and experts ``(E, N_expert)``; ``u (B, H)``."""
-        assert isinstance(self.engine, Engine)
-        self._check_in_time()
-        gradients = self.engine.influence.loss_gradient(self.position, u, self.step)
-        self.used = True
-        return gradients
-
-    def _check_in_time(self) -> None:
         if self.used:
             raise RuntimeError(
                 "backward was called twice for the same output of the learner; add the losses up and call it once"
@@ -64,6 +50,9 @@ class SegmentEntry:
                 "backward came too late: the influence has moved past this step. Call backward before the next step or"
                 " reset, take several steps as one segment with unroll, or raise commit_every"
             )
+        gradients = self.engine.past_gradients(self.position, u, self.step)
+        self.used = True
+        return gradients
 
 
 class RTRL:
@@ -115,6 +104,8 @@ class RTRL:
         self._engine = Engine(cell, batch_size, buffer, catch_up, backend)  # type: ignore[arg-type]
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = self.cell.initial_state(batch_size).detach()
+        self._entry_state: Tensor | None = None
+        self._routings: list[Routing] = []
 
     @property
     def cell(self) -> SlotCell:
@@ -130,6 +121,20 @@ class RTRL:
     def state(self) -> Tensor:
         """State after the last step, ``(B, S, D)``, detached."""
         return self._state.detach()
+
+    @property
+    def entry_state(self) -> Tensor:
+        """State that entered the last segment, ``(B, S, D)``, in its graph.
+
+        A loss may depend on it beside the outputs: its gradient goes through the whole past. Add it to the loss of the
+        outputs before their one backward pass.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._entry_state is None:
+            raise RuntimeError("entry_state is there after a step, but the learner has not taken one")
+        return self._entry_state
 
     @property
     def events(self) -> dict[str, int]:
@@ -182,21 +187,22 @@ class RTRL:
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing, most)
             engine.influence.commit_every = self.commit_every
             entry = SegmentEntry(engine)
+            state = EnterSegment.apply(entry, self._state, *tensors)
             run = self._run_fused if engine.fused is not None and engine.fused.usable else self._run_captured
-            outputs, captured, state = run(xs, entry, tensors)
+            outputs, captured, new_state = run(xs, state, tensors)
         engine.influence.make_room(captured[0])
         entry.settle()
         engine.influence.record(captured)
         engine.steps += len(xs)
-        self._state = state.detach()
+        self._state, self._entry_state = new_state.detach(), state
+        self._routings = [routing for part in captured for routing in part.routings]
         return outputs
 
     def _run_captured(
-        self, xs: Tensor, entry: SegmentEntry, tensors: list[Tensor]
+        self, xs: Tensor, state: Tensor, tensors: list[Tensor]
     ) -> tuple[list[Tensor], list[StepJacobian], Tensor]:
         """Run the cell's own code step by step, and capture the Jacobians of the steps."""
         engine = self._engine
-        state = EnterSegment.apply(entry, self._state, *tensors)
         outputs, entered, routings = [], [], []
         for number, x in enumerate(xs, engine.steps):
             with torch.no_grad():
@@ -213,14 +219,14 @@ class RTRL:
             outputs.append(output)
         return outputs, engine.steps_of(xs, entered, routings, tensors, engine.steps), state
 
-    def _run_fused(self, xs: Tensor, entry: SegmentEntry, tensors: list[Tensor]) -> tuple[Tensor, list[FusedSteps], Tensor]:
+    def _run_fused(self, xs: Tensor, state: Tensor, tensors: list[Tensor]) -> tuple[Tensor, list[FusedSteps], Tensor]:
         """Run all steps in one compiled call."""
         engine = self._engine
         assert engine.fused is not None
-        steps, slots, state = engine.fused.run(xs, self._state, tensors)
-        engine.check_fused(steps, state, tensors)
-        slots = FusedSegment.apply(entry, steps, slots, *tensors)
-        return engine.fused.outputs(steps, slots), [steps], state
+        steps, slots, new_state = engine.fused.run(xs, state, tensors)
+        engine.check_fused(steps, new_state, tensors)
+        slots = FusedSegment.apply(steps, slots, state, *tensors)
+        return engine.fused.outputs(steps, slots), [steps], new_state
 
     def _check_update(self, h_write_new: Tensor, output: Tensor, routing: Routing) -> None:
         expected = (self.batch_size, routing.write.shape[1], self.cell.slot_size)
@@ -265,6 +271,34 @@ class RTRL:
         initial = engine.cell.initial_state(engine.batch_size).detach()
         self._state = torch.where(streams.view(-1, 1, 1), initial, self._state)
 
+    @property
+    def routings(self) -> list[Routing]:
+        """What the steps of the last call touched."""
+        return self._routings
+
+    def influence_norms(self) -> tuple[Tensor, Tensor]:
+        """Frobenius norms of the influence, core ``(B,)`` and experts ``(B, E)``, in one pass over it.
+
+        They are those of the last commit, and for a sleeping expert those of its last update.
+        """
+        return self._engine.influence.norms()
+
+    def cap_influence(self, largest: float) -> tuple[int, float]:
+        """Scale the influence of every stream and group whose norm exceeds ``largest`` down to it.
+
+        A brake for recurrences that have become unstable: the part of the gradient that goes through the past is then
+        too small by as much, and no longer exact.
+
+        Args:
+            largest: Frobenius norm that none may exceed, positive.
+
+        Returns:
+            How many were scaled, and the largest norm there was.
+        """
+        if not largest > 0:
+            raise ValueError(f"largest must be positive, got {largest}")
+        return self._engine.influence.cap_(largest)
+
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every recurrent parameter, ``(B, H, *shape)``, brought up to date."""
         return self._engine.influence.matrices()
@@ -274,10 +308,14 @@ class RTRL:
         return Evaluation(self.cell, self.state.clone())
 
     def state_dict(self) -> dict[str, Any]:
-        """State, influence and tree, after committing; with it and the cell's own, training resumes bit for bit."""
+        """State, influence, tree and window; with it and the cell's own, training resumes bit for bit.
+
+        Taking it changes nothing, so a run that saves takes the same path as one that does not.
+        """
         return {
-            "version": 1,
+            "version": 2,
             "influence": self._engine.influence.state_dict(),
+            "capture": self._engine.capture.state_dict(),
             "state": self._state.clone(),
             "steps": self._engine.steps,
             "commit_every": self.commit_every,
@@ -289,12 +327,13 @@ class RTRL:
         Raises:
             ValueError: if it does not fit this learner; nothing is changed then.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
-        missing = {"influence", "state", "steps", "commit_every"} - set(state)
+        if state.get("version") != 2:
+            raise ValueError(f"state must be of version 2, got {state.get('version')!r}")
+        missing = {"influence", "capture", "state", "steps", "commit_every"} - set(state)
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
         self._engine.influence.load_state_dict(state["influence"])
+        self._engine.capture.load_state_dict(state["capture"])
         self._state = state["state"].to(self._engine.device, self._engine.dtype).clone()
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
