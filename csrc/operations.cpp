@@ -9,18 +9,11 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "threads.h"
 #include "tree_operations.h"
 
 namespace sparse_rtrl {
 namespace {
-
-const Parallel kThreads{[](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  if (count <= grain) {
-    body(context, 0, count);
-  } else {
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  }
-}};
 
 void influence_update_(Tensor P, Tensor Jh, Tensor write, Tensor support, std::optional<Tensor> loss_row,
                        Tensor streams, Tensor groups, std::vector<Tensor> deltas, std::vector<Tensor> zs,

@@ -17,6 +17,7 @@ from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.precision import full_precision
 from sparse_rtrl.slot_cell import Routing, SlotCell
+from sparse_rtrl.slot_moe_pass import FusedSteps, SlotMoePass
 
 
 class Engine:
@@ -80,6 +81,7 @@ class Engine:
         check_memory(self.groups, self.cell.hidden_size, self.batch_size, like)
         self.dtype, self.device = like.dtype, like.device
         self.capture = JacobianCapture(self.cell, self.groups)
+        self.fused = SlotMoePass.of_cell(self.cell, self.groups, self.backend, like.device, like.dtype)
         self.influence = Influence(
             self.groups,
             self.batch_size,
@@ -148,6 +150,22 @@ class Engine:
             for position, step in enumerate(steps):
                 self._raise_non_finite(step, tensors, number + position)
         return steps
+
+    def check_fused(self, steps: FusedSteps, state: Tensor, tensors: list[Tensor]) -> None:
+        """Check that all that fused steps computed is finite, and the state after them.
+
+        Raises:
+            NonFiniteError: naming the first bad step, and the parameters that hold NaN or infinity, or else the state.
+        """
+        if bool(torch.isfinite(steps.saved.sum() + state.sum())):
+            return
+        for position in range(steps.count):
+            last = position + 1 == steps.count
+            values = (steps.saved[position], state) if last else (steps.saved[position],)
+            if not all(bool(torch.isfinite(value).all()) for value in values):
+                self._check_parameters(steps.routing(position), tensors, self.steps + position)
+                for value in values:
+                    check_finite(self.steps + position, {"the new state": value})
 
     def step(self, x: Tensor, state: Tensor, routing: Routing, tensors: list[Tensor], number: int) -> StepJacobian:
         """Capture one step, as :meth:`steps_of` does for several; ``x (B, ...)``."""

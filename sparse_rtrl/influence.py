@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
 from sparse_rtrl.slot_cell import Routing
+from sparse_rtrl.slot_moe_pass import FusedSteps, add_immediate_, fused_segment
 from sparse_rtrl.step_chain import StepChain, commit_, pull_back
 from sparse_rtrl.tree import CircularTree
 
+Captured: TypeAlias = StepJacobian | StepChain | FusedSteps
+"""A part of a window: a step, or several that were captured together."""
 PLAN_FIELDS = ("eager", "buffer", "levels", "product_from")
 
 
@@ -82,7 +85,7 @@ class Influence:
         """Experts whose matrix is that of the entry of the current window."""
         self.handed_out = torch.zeros(batch_size, experts, hidden, **options)
         """Part of a sleeping expert's loss row vector that :meth:`flush` has paid already."""
-        self.window: list[StepJacobian | StepChain] = []
+        self.window: list[Captured] = []
         self.window_loss_row = torch.zeros(batch_size, hidden, **options)
         """``dL/dh`` at the entry of the current window, of the losses of its steps so far."""
         self.window_key = object()
@@ -152,15 +155,22 @@ class Influence:
                 self._begin(chosen)
                 self.events["plans"] += 1
 
+    def make_room(self, captured: Captured) -> None:
+        """Commit the window if it is full, or if what comes next was captured in another way."""
+        other = self.window and isinstance(captured, FusedSteps) != isinstance(self.window[0], FusedSteps)
+        if other or sum(map(_count, self.window)) >= self.commit_every:
+            self.commit()
+
     @full_precision
-    def record(self, steps: Sequence[StepJacobian | StepChain]) -> None:
+    def record(self, steps: Sequence[Captured]) -> None:
         """Add captured steps to the current window and wake the experts they use."""
         if self.plan is None and steps:
-            self._begin(self._make_plan(steps[0].routing))
-        self._steps_since_flush += len(steps)
+            self._begin(self._make_plan(_routing(steps[0])))
         for step in steps:
+            self._steps_since_flush += _count(step)
             self.window.append(step)
-            used = torch.zeros_like(self.awake).scatter_(1, step.routing.experts, True)
+            experts = step.experts if isinstance(step, FusedSteps) else step.routing.experts
+            used = torch.zeros_like(self.awake).scatter_(1, experts, True)
             if self.tree is None:
                 self.influenced |= used
                 continue
@@ -193,6 +203,13 @@ class Influence:
         if chains := _chains(before):
             core_part, v = pull_back(chains, v, self.groups)
             direct.append((core_part, None))
+            before = []
+        if fused := _fused(before):
+            totals = v.new_zeros(self.groups.core_columns), self._no_expert_gradient()
+            v = v.clone()
+            for steps in reversed(fused):
+                steps.pull_back_(v, *totals)
+            direct.append(totals)
             before = []
         for captured in reversed(_steps(before)):
             rows = slot_entries(captured.routing.write, self.slot_size)
@@ -248,7 +265,11 @@ class Influence:
             self.commits += 1
             self._new_window()
             return
-        segment = compose(_steps(self.window), self.groups, self.num_slots, self.slot_size)
+        fused = _fused(self.window)
+        if fused:
+            segment, rows = fused_segment(fused, self.num_slots * self.slot_size)
+        else:
+            segment = compose(_steps(self.window), self.groups, self.num_slots, self.slot_size)
         if self.tree is not None:
             oldest_kept = self.commits + 1 - self.tree.capacity
             expiring = (self.influenced & ~self.awake & (self.last_update < oldest_kept)).nonzero()
@@ -268,6 +289,8 @@ class Influence:
                 factors.zs,
                 factors.offsets,
             )
+        if fused:
+            add_immediate_(self.core, self.experts, rows, fused)
         if self.tree is None:
             idle = self.awake.flatten().index_fill(0, segment.expert.groups, False).view_as(self.awake).nonzero()
             self._apply(segment.Jh, segment.write, segment.support, None, idle)
@@ -279,7 +302,7 @@ class Influence:
             self.handed_out[current] = 0
             self.awake.zero_()
         self.commits += 1
-        routing = self.window[-1].routing
+        routing = _routing(self.window[-1])
         self._new_window()
         self._plan_again(routing)
 
@@ -383,6 +406,9 @@ class Influence:
         self.window_loss_row.zero_()
         self.window_key = object()
 
+    def _no_expert_gradient(self) -> Tensor:
+        return self.core.new_zeros(self.groups.num_experts, self.groups.expert_columns)
+
     def _rows(self, pairs: Tensor) -> Tensor:
         """Rows of ``experts`` that belong to (stream, expert) pairs ``(M, 2)``."""
         return pairs[:, 0] * self.groups.num_experts + pairs[:, 1]
@@ -464,7 +490,7 @@ class Influence:
         self.core[:, -1] = 0
         pairs = experts.nonzero()
         rows, loss_rows = self._rows(pairs), self.experts[:, -1]
-        taken = core.new_zeros(self.groups.num_experts, self.groups.expert_columns)
+        taken = self._no_expert_gradient()
         taken.index_add_(0, pairs[:, 1], loss_rows.index_select(0, rows))
         loss_rows.index_fill_(0, rows, 0.0)
         return core, taken
@@ -479,15 +505,34 @@ class Influence:
         tree.append_segment(Jh, write, support, self.window_loss_row)
 
 
-def _chains(window: Sequence[StepJacobian | StepChain]) -> list[StepChain]:
+def _count(captured: Captured) -> int:
+    """Steps that a captured part of the window counts as."""
+    return captured.count if isinstance(captured, FusedSteps) else 1
+
+
+def _routing(captured: Captured) -> Routing:
+    """A routing of a captured part of the window: what its last step touched."""
+    return captured.routing() if isinstance(captured, FusedSteps) else captured.routing
+
+
+def _fused(window: Sequence[Captured]) -> list[FusedSteps]:
+    """The window, if all of it was run by a fused pass."""
+    return [captured for captured in window if isinstance(captured, FusedSteps)]
+
+
+def _chains(window: Sequence[Captured]) -> list[StepChain]:
     """The window, if all of it was captured as chains of steps."""
     chains = [captured for captured in window if isinstance(captured, StepChain)]
     return chains if len(chains) == len(window) else []
 
 
-def _steps(window: Sequence[StepJacobian | StepChain]) -> list[StepJacobian]:
-    """The window with every chain as one step."""
-    return [captured.as_step if isinstance(captured, StepChain) else captured for captured in window]
+def _steps(window: Sequence[Captured]) -> list[StepJacobian]:
+    """A window without fused steps, with every chain as one step."""
+    out = []
+    for captured in window:
+        assert not isinstance(captured, FusedSteps)
+        out.append(captured.as_step if isinstance(captured, StepChain) else captured)
+    return out
 
 
 def check_finite(step: int, values: dict[str, Tensor]) -> None:

@@ -13,8 +13,10 @@ from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.estimate import choose_commit_every
+from sparse_rtrl.jacobian import StepJacobian
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
+from sparse_rtrl.slot_moe_pass import FusedSegment, FusedSteps
 
 
 class _Entry:
@@ -33,6 +35,10 @@ class _Entry:
         self.window_key = self.engine.influence.window_key
 
     def gradients(self, u: Tensor) -> list[Tensor]:
+        return self.engine.groups.split(*self.past(u.flatten(1)))
+
+    def past(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient through everything before the segment, core and experts, for ``u = dL/dh_entry (B, H)``."""
         if self.used:
             raise RuntimeError(
                 "backward was called twice for the same output of the learner; add the losses up and call it once"
@@ -43,7 +49,7 @@ class _Entry:
                 "backward came too late: the influence has moved past this step. Call backward before the next step or"
                 " reset, take several steps as one segment with unroll, or raise commit_every"
             )
-        gradients = self.engine.groups.split(*influence.loss_gradient(self.position, u.flatten(1), self.step))
+        gradients = influence.loss_gradient(self.position, u, self.step)
         self.used = True
         return gradients
 
@@ -139,9 +145,11 @@ class RTRL:
         """
         if not isinstance(xs, Tensor) or xs.dim() < 2 or xs.shape[0] < 1:
             raise ValueError(f"xs must be a tensor (n, B, ...) with n >= 1, got {_kind(xs)}")
-        return torch.stack(self._run(xs))
+        outputs = self._run(xs)
+        return outputs if isinstance(outputs, Tensor) else torch.stack(outputs)
 
-    def _run(self, xs: Tensor) -> list[Tensor]:
+    def _run(self, xs: Tensor) -> Tensor | list[Tensor]:
+        """Outputs of the steps, ``(n, B, ...)`` or one by one."""
         engine = self._engine
         self._check_input(xs)
         with parametrize.cached():
@@ -152,29 +160,45 @@ class RTRL:
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing)
             engine.influence.commit_every = self.commit_every
             entry = _Entry(engine)
-            state = EnterSegment.apply(entry, self._state, *tensors)
-            outputs, entered, routings = [], [], []
-            for number, x in enumerate(xs, engine.steps):
-                with torch.no_grad():
-                    routing = engine.cell.route(x, state)
-                engine.check_routing(routing)
-                entered.append(state.detach())
-                routings.append(routing)
-                h_write_new, output = engine.cell.update(
-                    x, gather_slots(state, routing.read), gather_slots(state, routing.write), routing
-                )
-                self._check_update(h_write_new, output, routing)
-                state = scatter_slots(state, routing.write, h_write_new.to(state.dtype))
-                engine.check_new_state(state, routing, tensors, number)
-                outputs.append(output)
-            steps = engine.steps_of(xs, entered, routings, tensors, engine.steps)
-        if len(engine.influence.window) >= self.commit_every:
-            engine.influence.commit()
+            run = self._run_fused if engine.fused is not None and engine.fused.usable else self._run_captured
+            outputs, captured, state = run(xs, entry, tensors)
+        engine.influence.make_room(captured[0])
         entry.settle()
-        engine.influence.record(steps)
-        engine.steps += len(steps)
+        engine.influence.record(captured)
+        engine.steps += len(xs)
         self._state = state.detach()
         return outputs
+
+    def _run_captured(
+        self, xs: Tensor, entry: _Entry, tensors: list[Tensor]
+    ) -> tuple[list[Tensor], list[StepJacobian], Tensor]:
+        """Run the cell's own code step by step, and capture the Jacobians of the steps."""
+        engine = self._engine
+        state = EnterSegment.apply(entry, self._state, *tensors)
+        outputs, entered, routings = [], [], []
+        for number, x in enumerate(xs, engine.steps):
+            with torch.no_grad():
+                routing = engine.cell.route(x, state)
+            engine.check_routing(routing)
+            entered.append(state.detach())
+            routings.append(routing)
+            h_write_new, output = engine.cell.update(
+                x, gather_slots(state, routing.read), gather_slots(state, routing.write), routing
+            )
+            self._check_update(h_write_new, output, routing)
+            state = scatter_slots(state, routing.write, h_write_new.to(state.dtype))
+            engine.check_new_state(state, routing, tensors, number)
+            outputs.append(output)
+        return outputs, engine.steps_of(xs, entered, routings, tensors, engine.steps), state
+
+    def _run_fused(self, xs: Tensor, entry: _Entry, tensors: list[Tensor]) -> tuple[Tensor, list[FusedSteps], Tensor]:
+        """Run all steps in one compiled call."""
+        engine = self._engine
+        assert engine.fused is not None
+        steps, slots, state = engine.fused.run(xs, self._state, tensors)
+        engine.check_fused(steps, state, tensors)
+        slots = FusedSegment.apply(entry, steps, slots, *tensors)
+        return engine.fused.outputs(steps, slots), [steps], state
 
     def _check_input(self, xs: Tensor) -> None:
         engine = self._engine

@@ -49,6 +49,17 @@ _library.define(
     " Tensor newest, int slot_size) -> Tensor"
 )
 
+_STEPS = "Tensor inputs, Tensor saved, Tensor index, Tensor[] weights, int[] columns, int heads, int read, int write"
+_library.define(
+    "slot_moe_forward(Tensor state, Tensor query_token, Tensor[] weights, int heads, int read, int write, int top_k)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"slot_moe_pull_back_(Tensor(a!) v, Tensor(b!) core, Tensor(c!) experts, Tensor? cotangent, {_STEPS}) -> ()"
+)
+_library.define(f"slot_moe_transfer_(Tensor(a!) phi, {_STEPS}) -> ()")
+_library.define(f"slot_moe_commit_(Tensor(a!) core, Tensor(b!) experts, Tensor(c!) phi, Tensor rows, {_STEPS}) -> ()")
+
 NAMES = (
     "influence_update_",
     "loss_row_",
@@ -104,6 +115,26 @@ def _(rows, cols, blocks, loss_rows, count, starts, newest, slot_size):
     return newest.new_empty(*starts.shape, newest.shape[1])
 
 
+@torch.library.register_fake("sparse_rtrl::slot_moe_forward", lib=_library)
+def _(state, query_token, weights, heads, read, write, top_k):
+    steps, batch, width = query_token.shape
+    size = width // 2
+    saved = size * (3 + read + 2 * write + 2 * read + 2 * write) + read * heads + top_k * (size + 1)
+    return (
+        torch.empty_like(state),
+        state.new_empty(steps, batch, read + write, size),
+        state.new_empty(steps, batch, saved),
+        state.new_empty(steps, batch, read + write + top_k, dtype=torch.int64),
+    )
+
+
+for _name in ("slot_moe_pull_back_", "slot_moe_transfer_", "slot_moe_commit_"):
+
+    @torch.library.register_fake(f"sparse_rtrl::{_name}", lib=_library)
+    def _(*arguments):
+        return None
+
+
 def _load_compiled(library: str) -> str:
     """Load compiled operations if they were built; returns why they are not there, or nothing."""
     folder = Path(__file__).parent
@@ -133,6 +164,12 @@ suffix_product = torch.ops.sparse_rtrl.suffix_product
 catch_up_ = torch.ops.sparse_rtrl.catch_up_
 catch_up_update_ = torch.ops.sparse_rtrl.catch_up_update_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
+
+# The recurrence of SlotMoECell as a whole; compiled for the CPU only, see slot_moe_pass.py.
+slot_moe_forward = torch.ops.sparse_rtrl.slot_moe_forward
+slot_moe_pull_back_ = torch.ops.sparse_rtrl.slot_moe_pull_back_
+slot_moe_transfer_ = torch.ops.sparse_rtrl.slot_moe_transfer_
+slot_moe_commit_ = torch.ops.sparse_rtrl.slot_moe_commit_
 
 
 def select(
@@ -174,6 +211,13 @@ def select(
                 f" '{variable}=1 pip install --no-build-isolation .', or use backend='auto' or 'reference'"
             )
     return _DISPATCHED
+
+
+def fused(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend has the compiled passes of whole cells for a device and dtype."""
+    if backend not in ("auto", "cpp") or device.type != "cpu" or dtype not in COMPILED_DTYPES:
+        return False
+    return not compiled_problem
 
 
 class _Dispatched:

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../rings.h"
+#include "../slot_moe.h"
 
 namespace sparse_rtrl {
 
@@ -66,6 +67,10 @@ struct Kernels {
   void (*suffix_product)(const SuffixProduct<T>&, const Parallel&);
   void (*catch_up)(const CatchUp<T>&, const Parallel&);
   void (*suffix_loss_rows)(const SuffixLossRows<T>&, const Parallel&);
+  void (*slot_moe_forward)(const SlotMoeForward<T>&, const Parallel&);
+  void (*slot_moe_pull_back)(const SlotMoePullBack<T>&, const Parallel&);
+  void (*slot_moe_transfer)(const SlotMoeTransfer<T>&, const Parallel&);
+  void (*slot_moe_commit)(const SlotMoeCommit<T>&, const Parallel&);
 };
 
 namespace generic {

@@ -1,5 +1,6 @@
 // The CPU kernels for processors with AVX2 and FMA.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

@@ -1,5 +1,6 @@
 // The CPU kernels for processors with AVX-512.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

@@ -1,5 +1,6 @@
 // The CPU kernels for any processor.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

@@ -227,5 +227,17 @@ class SlotMoECell(SlotCell):
             New content of the written slots ``(B, kw, D)`` and the output ``(B, output_size)``.
         """
         h_write_new = self.transition(x, h_read, h_write, routing)
-        identity = F.embedding(routing.support, self.slot_table)  # (B, kr + kw, D)
-        return h_write_new, self.readout(x, torch.cat((h_read, h_write_new), dim=1) + identity)
+        return h_write_new, self.output(x, torch.cat((h_read, h_write_new), dim=1), routing.support)
+
+    def output(self, x: Tensor, slots: Tensor, support: Tensor) -> Tensor:
+        """Output of a step from the slots it touched.
+
+        Args:
+            x: input of the step, ``(B, input_size)``.
+            slots: old content of the read slots, new content of the written slots, ``(B, kr + kw, D)``.
+            support: which slots these are, ``(B, kr + kw)``.
+
+        Returns:
+            ``(B, output_size)``.
+        """
+        return self.readout(x, slots + F.embedding(support, self.slot_table))

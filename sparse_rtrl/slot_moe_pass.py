@@ -1,0 +1,246 @@
+"""The fused pass of ``SlotMoECell``: whole segments forward, and rows of Jacobians backward, in compiled operations.
+
+The general capture runs a cell's Python code for every step and again for its Jacobians. Here one call runs all steps
+of a segment and keeps what their backward pass reads; whatever is asked of the segment later is rows sent back through
+it: one row per stream for a loss, one row per written state entry for a commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_rtrl import ops
+from sparse_rtrl.cells.slot_moe import SlotMoECell
+from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.reference import slot_entries
+from sparse_rtrl.segment import GroupFactors, Segment
+from sparse_rtrl.slot_cell import Routing, SlotCell
+
+_CORE = (
+    "slot_table",
+    "query_token.weight",
+    "query_token.bias",
+    "key_value.weight",
+    "control.weight",
+    "control.bias",
+    "core.weight",
+)
+_EXPERT = ("experts.weight", "experts.bias")
+
+
+@dataclass(frozen=True)
+class FusedSteps:
+    """Consecutive steps as one call of the forward pass left them, with the weights that they were run with.
+
+    Attributes:
+        of: the pass that ran them.
+        inputs: ``(n, B, input_size)``.
+        saved: what the backward pass reads, ``(n, B, ...)``.
+        index: slots read, slots written and experts of each step, ``(n, B, kr + kw + k)`` int64.
+        weights: copies of the weights that the backward pass reads.
+    """
+
+    of: SlotMoePass
+    inputs: Tensor
+    saved: Tensor
+    index: Tensor
+    weights: list[Tensor]
+
+    @property
+    def count(self) -> int:
+        """Number of steps."""
+        return len(self.index)
+
+    def routing(self, step: int = -1) -> Routing:
+        """What a step touched."""
+        cell = self.of.cell
+        return Routing(*self.index[step].split((cell.read_slots, cell.write_slots, cell.top_k), dim=1))
+
+    @property
+    def experts(self) -> Tensor:
+        """Experts that any step used, with repeats, ``(B, n * k)``."""
+        return self.index[..., -self.of.cell.top_k :].transpose(0, 1).flatten(1)
+
+    def pull_back_(self, v: Tensor, core: Tensor, experts: Tensor, cotangent: Tensor | None = None) -> None:
+        """One row vector per stream back through the steps, in place.
+
+        Args:
+            v: ``dL/dh`` behind the last step, ``(B, H)``; becomes that before the first one.
+            core: gradient of the core parameters at fixed entry state, ``(N_core,)``, added to.
+            experts: that of the experts, ``(E, N_expert)``, added to.
+            cotangent: ``dL/d slots`` of every step, ``(n, B, kr + kw, D)``.
+        """
+        ops.slot_moe_pull_back_(v, core, experts, cotangent, *self._arguments)
+
+    @property
+    def _arguments(self) -> tuple[Any, ...]:
+        return (self.inputs, self.saved, self.index, self.weights, self.of.columns, *self.of.sizes)
+
+
+class SlotMoePass:
+    """Runs segments of one cell.
+
+    Args:
+        cell: the cell.
+        groups: its recurrent parameters.
+    """
+
+    def __init__(self, cell: SlotMoECell, groups: ParameterGroups) -> None:
+        self.cell = cell
+        self.groups = groups
+        starts = {p.name: p.start for p in groups.all}
+        self.columns = [starts[name] for name in (*_CORE, *_EXPERT)]
+        self.sizes = (cell.num_heads, cell.read_slots, cell.write_slots)
+        self._place = {p.name: number for number, p in enumerate(groups.all)}
+        self._copied: list[Tensor] = []
+        self._copied_at: list[tuple[int, int]] = []
+
+    @classmethod
+    def of_cell(
+        cls, cell: SlotCell, groups: ParameterGroups, backend: ops.Backend, device: torch.device, dtype: torch.dtype
+    ) -> SlotMoePass | None:
+        """The pass of a cell; None if it has none: another class, frozen parameters, hooks, or nothing compiled."""
+        if type(cell) is not SlotMoECell or not ops.fused(backend, device, dtype):
+            return None
+        if [p.name for p in groups.core] != list(_CORE) or [p.name for p in groups.expert] != list(_EXPERT):
+            return None
+        return cls(cell, groups)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the cell runs as it was written: without hooks on its modules, and outside of autocast."""
+        if torch.is_autocast_enabled("cpu"):
+            return False
+        inside = (self.cell, *(m for name, m in self.cell.named_children() if name != "readout"))
+        return not any(m._forward_hooks or m._forward_pre_hooks for m in inside)
+
+    @torch.no_grad()
+    def run(self, xs: Tensor, state: Tensor, tensors: list[Tensor]) -> tuple[FusedSteps, Tensor, Tensor]:
+        """Run a segment.
+
+        Args:
+            xs: inputs ``(n, B, input_size)``.
+            state: state that enters the first step, ``(B, S, D)``.
+            tensors: the tensors the cell uses for its recurrent parameters, in the order of ``groups.all``.
+
+        Returns:
+            The steps, the slots that their outputs look at (old content of the read ones, new content of the written
+            ones), ``(n, B, kr + kw, D)``, and the new state.
+        """
+        named = {name: tensors[place].detach() for name, place in self._place.items()}
+        weights = [
+            named[name]
+            for name in (
+                "slot_table",
+                "key_value.weight",
+                "control.weight",
+                "control.bias",
+                "core.weight",
+                "experts.weight",
+                "experts.bias",
+            )
+        ]
+        query_token = F.linear(xs, named["query_token.weight"], named["query_token.bias"])
+        new_state, slots, saved, index = ops.slot_moe_forward(
+            state.contiguous(), query_token, weights, *self.sizes, self.cell.top_k
+        )
+        return FusedSteps(self, xs.contiguous(), saved, index, self._copies(weights)), slots, new_state
+
+    def outputs(self, steps: FusedSteps, slots: Tensor) -> Tensor:
+        """Outputs ``(n, B, output_size)`` of steps from the slots they look at, see :meth:`run`."""
+        support = steps.index[..., : -self.cell.top_k].flatten(0, 1)
+        return self.cell.output(steps.inputs.flatten(0, 1), slots.flatten(0, 1), support).unflatten(0, slots.shape[:2])
+
+    def _copies(self, weights: list[Tensor]) -> list[Tensor]:
+        """Copies of the weights, shared by all segments that were run with the same ones."""
+        at = [(id(source), source._version) for p in self.groups.all for source in p.sources]
+        if at != self._copied_at:
+            self._copied, self._copied_at = [weight.clone() for weight in weights], at
+        return self._copied
+
+
+def fused_segment(steps: Sequence[FusedSteps], hidden_size: int) -> tuple[Segment, Tensor]:
+    """The state Jacobian of a window of steps.
+
+    Args:
+        steps: the window, oldest first.
+        hidden_size: ``H``.
+
+    Returns:
+        The segment, its immediate Jacobians left out, and the state entries that it writes, ``(R,)``.
+    """
+    cell, groups = steps[0].of.cell, steps[0].of.groups
+    batch, size = steps[0].saved.shape[1], cell.slot_size
+    index = torch.cat([step.index.flatten(0, 1) for step in steps])
+    support = index[:, : cell.read_slots + cell.write_slots].unique()
+    write = index[:, cell.read_slots : cell.read_slots + cell.write_slots].unique()
+    rows = slot_entries(write.unsqueeze(0), size)[0]
+    phi = _identity(rows, batch, hidden_size, steps[0].saved)
+    for step in reversed(steps):
+        ops.slot_moe_transfer_(phi, *step._arguments)
+    Jh = phi if len(support) == cell.num_slots else phi[:, :, slot_entries(support.unsqueeze(0), size)[0]]
+    every = torch.arange(batch)
+    used = torch.cat([step.experts for step in steps], 1)
+    pairs = (every.unsqueeze(1) * groups.num_experts + used).unique()
+    streams = torch.div(pairs, groups.num_experts, rounding_mode="floor")
+    segment = Segment(
+        Jh,
+        write.expand(batch, -1),
+        support.expand(batch, -1),
+        GroupFactors(every, every, [], [], []),
+        GroupFactors(streams, pairs, [], [], []),
+    )
+    return segment, rows
+
+
+def add_immediate_(core: Tensor, experts: Tensor, rows: Tensor, steps: Sequence[FusedSteps]) -> None:
+    """Add the immediate Jacobians of a window of steps to the influence behind it, in place.
+
+    Args:
+        core: ``(B, H + 1, N_core)``.
+        experts: ``(B * E, H + 1, N_expert)``.
+        rows: state entries that the window writes, ``(R,)``.
+        steps: the window, oldest first.
+    """
+    phi = _identity(rows, core.shape[0], core.shape[1] - 1, core)
+    for step in reversed(steps):
+        ops.slot_moe_commit_(core, experts, phi, rows, *step._arguments)
+
+
+def _identity(rows: Tensor, batch: int, hidden: int, like: Tensor) -> Tensor:
+    """Rows of the identity, ``(B, R, H)``."""
+    phi = like.new_zeros(batch, len(rows), hidden)
+    phi[:, torch.arange(len(rows)), rows] = 1.0
+    return phi
+
+
+class FusedSegment(torch.autograd.Function):
+    """The slots that the outputs of a segment look at, as a function of the parameters.
+
+    ``FusedSegment.apply(entry, steps, slots, *tensors)`` returns the slots; ``tensors`` are the parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, entry: Any, steps: FusedSteps, slots: Tensor, *tensors: Tensor) -> Tensor:
+        """Return the slots as a new tensor."""
+        ctx.entry, ctx.steps = entry, steps
+        return slots.view_as(slots)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
+        """Gradient through the steps of the segment, and from their entry through the past."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True is not supported: the influence is not differentiable")
+        steps, groups = ctx.steps, ctx.steps.of.groups
+        v = cotangent.new_zeros(cotangent.shape[1], steps.of.cell.hidden_size)
+        core = v.new_zeros(groups.core_columns)
+        experts = v.new_zeros(groups.num_experts, groups.expert_columns)
+        steps.pull_back_(v, core, experts, cotangent)
+        past_core, past_experts = ctx.entry.past(v)
+        return None, None, None, *groups.split(core + past_core, experts + past_experts)
