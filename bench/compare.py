@@ -410,9 +410,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             comparison.begin()
             for length in lengths:
                 measured = comparison.measure(length, wanted[length])
-                rows = list({key(row): row for row in rows + measured}.values())
-                if options.out:
-                    save(measured, options.out)
+                rows = save(measured, options.out) if options.out else rows + measured
             comparison.end()
     asked = [
         row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
+from sparse_rtrl.cuda_graph import CannotRecord, FixedSteps
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
@@ -73,6 +75,10 @@ class RTRL:
             the cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
         catch_up: how sleeping experts catch up: ``"auto"``, ``"eager"``, ``"replay"`` or ``"product"``.
         backend: what computes the influence: see :func:`sparse_rtrl.ops.select`.
+        cuda_graph: record each call as CUDA graphs and replay them, see :mod:`sparse_rtrl.cuda_graph`. Every call is
+            then one segment, committed by its backward or by the next call, whatever ``commit_every`` says, and all
+            experts move at every commit (``catch_up="eager"``). NaN and infinity raise at the next :meth:`reset` or
+            :meth:`state_dict`, not at once. A cell that cannot be recorded runs without, with a warning that says why.
 
     Raises:
         ContractError: if the cell couples the rows of a batch or draws random numbers.
@@ -88,12 +94,18 @@ class RTRL:
         commit_every: int | Literal["auto"] = "auto",
         catch_up: CatchUp = "auto",
         backend: ops.Backend = "auto",
+        cuda_graph: bool = False,
     ) -> None:
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
-        self._engine = Engine(cell, batch_size, buffer, catch_up, backend)
+        if cuda_graph and catch_up not in ("auto", "eager"):
+            raise ValueError(f"catch_up must be 'eager' or 'auto' with cuda_graph=True, got {catch_up!r}")
+        self._engine = Engine(cell, batch_size, buffer, "eager" if cuda_graph else catch_up, backend)
+        if cuda_graph and self._engine.device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs a cell on a CUDA device, got one on {self._engine.device}")
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = cell.initial_state(batch_size).detach()
+        self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
 
     @property
     def cell(self) -> SlotCell:
@@ -108,7 +120,7 @@ class RTRL:
     @property
     def state(self) -> Tensor:
         """State after the last step, ``(B, S, D)``, detached."""
-        return self._state.detach()
+        return self._state.detach() if self._fixed is None else self._fixed.state.clone()
 
     @property
     def events(self) -> dict[str, int]:
@@ -152,6 +164,8 @@ class RTRL:
         """Outputs of the steps, ``(n, B, ...)`` or one by one."""
         engine = self._engine
         self._check_input(xs)
+        if self._fixed is not None and (fixed := self._run_fixed(self._fixed, xs)) is not None:
+            return fixed
         with parametrize.cached():
             tensors = engine.checked_tensors()
             if self.commit_every == "auto":
@@ -168,6 +182,25 @@ class RTRL:
         engine.steps += len(xs)
         self._state = state.detach()
         return outputs
+
+    def _run_fixed(self, fixed: FixedSteps, xs: Tensor) -> Tensor | None:
+        """Replay a segment; None if it cannot be recorded, and from then on nothing is."""
+        fixed.finish()
+        try:
+            outputs = fixed.run(xs, self._engine.checked_tensors())
+        except CannotRecord as reason:
+            warnings.warn(f"the steps run without CUDA graphs, as they cannot be recorded: {reason}", stacklevel=4)
+            self._state, self._fixed = fixed.state, None
+            return None
+        self._engine.steps += len(xs)
+        self._state = fixed.state
+        return outputs
+
+    def _settle(self) -> None:
+        """Let recorded steps commit what they still hold, and report what was not finite."""
+        if self._fixed is not None:
+            self._fixed.finish()
+            self._fixed.check()
 
     def _run_captured(
         self, xs: Tensor, entry: _Entry, tensors: list[Tensor]
@@ -241,7 +274,8 @@ class RTRL:
 
         :meth:`attach` calls it before each optimizer step. Call it yourself before you clip or unscale gradients.
         """
-        self._engine.flush()
+        if self._fixed is None:  # else no expert sleeps
+            self._engine.flush()
 
     def discard(self) -> None:
         """Drop the gradients that are owed, as ``zero_grad`` drops those in ``.grad``."""
@@ -258,12 +292,17 @@ class RTRL:
         """
         engine = self._engine
         streams = engine.checked_mask(streams)
+        self._settle()
         engine.influence.reset(streams)
         initial = engine.cell.initial_state(engine.batch_size).detach()
-        self._state = torch.where(streams.view(-1, 1, 1), initial, self._state)
+        self._set_state(torch.where(streams.view(-1, 1, 1), initial, self._state))
+
+    def _set_state(self, state: Tensor) -> None:
+        self._state = state if self._fixed is None else self._fixed.state.copy_(state)
 
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every recurrent parameter, ``(B, H, *shape)``, brought up to date."""
+        self._settle()
         return self._engine.influence.matrices()
 
     def evaluate(self) -> Evaluation:
@@ -272,6 +311,7 @@ class RTRL:
 
     def state_dict(self) -> dict[str, Any]:
         """State, influence and tree, after committing; with it and the cell's own, training resumes bit for bit."""
+        self._settle()
         return {
             "version": 1,
             "influence": self._engine.influence.state_dict(),
@@ -291,8 +331,9 @@ class RTRL:
         missing = {"influence", "state", "steps", "commit_every"} - set(state)
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
+        self._settle()
         self._engine.influence.load_state_dict(state["influence"])
-        self._state = state["state"].to(self._engine.device, self._engine.dtype).clone()
+        self._set_state(state["state"].to(self._engine.device, self._engine.dtype).clone())
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
 
