@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
@@ -230,14 +230,14 @@ class FixedSteps:
     @contextmanager
     def _effective_weights(self) -> Iterator[None]:
         """Let parametrized weights be the fixed tensors that hold their values: what makes them is not recorded."""
-        lists: list[nn.Module] = [p.module.parametrizations[p.attribute] for p in self._parametrized()]  # type: ignore[index, union-attr]
+        parametrized = [(p, p.module.get_submodule(f"parametrizations.{p.attribute}")) for p in self._parametrized()]
         try:
-            for p, made_by in zip(self._parametrized(), lists, strict=True):
+            for p, made_by in parametrized:
                 made_by.forward = lambda p=p: self._effective[p.name]  # type: ignore[method-assign, assignment]
             yield
         finally:
-            for made_by in lists:
-                del made_by.forward
+            for _, made_by in parametrized:
+                vars(made_by).pop("forward", None)
 
     def _forward(self, segment: _Segment) -> None:
         engine = self.engine

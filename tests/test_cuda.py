@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pattern_cell import pick
 from ring_problem import check_tree_operations
 from test_cuda_graph import BATCH, check_equal, new_cell, train
+from torch.nn.utils import parametrize
 
 from sparse_rtrl import RTRL, CircularTree, ops
 
@@ -126,12 +127,24 @@ def test_recorded_learning_steps_equal_the_ordinary_ones(segment):
     assert recorded._fixed is not None, "it fell back to steps without graphs"
 
 
-def test_a_recorded_learning_step_does_not_wait_for_the_device():
-    recorded = RTRL(new_cell().cuda(), BATCH, cuda_graph=True)
+def test_a_recorded_learning_step_neither_waits_nor_allocates():
+    cell = new_cell().cuda()
+    # A parametrized weight is made anew outside of the graphs, here by a solver that looks at its result.
+    parametrize.remove_parametrizations(cell.core, "weight")
+    recorded = RTRL(cell, BATCH, cuda_graph=True)
     x = torch.randn(1, BATCH, 3, dtype=torch.float64, device="cuda")
-    for _ in range(2):
+
+    def step():
+        cell.zero_grad()
         recorded.unroll(x).sum().backward()
-    # The parametrized orthogonal weight is made anew outside of the graphs, by a solver that looks at its result.
-    weight = recorded.cell.core.weight.detach()
-    torch.nn.utils.parametrize.remove_parametrizations(recorded.cell.core, "weight")
-    assert weight.is_cuda
+
+    for _ in range(3):
+        step()
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert recorded._fixed is not None and torch.cuda.memory_reserved() == reserved
