@@ -227,9 +227,11 @@ class Comparison:
             }
             rows.append(row)
             answer = contestant.ask("first", length, options.time_limit)
+            print(f"{self.config} batch {self.batch} length {length} {contestant.name}: {answer['status']}", flush=True)
             row["status"] = answer["status"]
             if answer["status"] != "ran":
-                row |= {key: answer[key] for key in ("reason", "predicted_seconds") if key in answer}
+                row |= {name: answer[name] for name in ("reason", "predicted_seconds") if name in answer}
+                row["memory_limit_gib"] = round(options.memory, 1)
                 continue
             row["peak_bytes"], seconds = answer["peak"], answer["seconds"]
             exact = METHODS[contestant.name].exact
