@@ -113,7 +113,7 @@ struct SlotMoeTransfer {
 template <typename T>
 struct SlotMoeCommit {
   SlotMoeTransfer<T> transfer;
-  const int64_t* state_rows;  // (R,): rows of the influence matrices
+  const int64_t* state_rows;  // (B, R): rows of the influence matrices
   T* core;                    // (B, H + 1, N_core)
   T* experts;                 // (B * E, H + 1, N_expert)
   int64_t core_columns;

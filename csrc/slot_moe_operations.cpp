@@ -182,7 +182,7 @@ void slot_moe_commit_(Tensor core, Tensor experts, Tensor phi, Tensor rows, Tens
   core = checked_in_place("core", core, like, dtype, {s.batch, s.hidden() + 1, -1});
   experts = checked_in_place("experts", experts, like, dtype, {s.batch * s.experts, s.hidden() + 1, -1});
   phi = checked_in_place("phi", phi, like, dtype, {s.batch, -1, s.hidden()});
-  rows = checked_indices("rows", rows, like, {phi.size(1)}, s.hidden());
+  rows = checked_indices("rows", rows, like, {s.batch, phi.size(1)}, s.hidden());
   steps.check_columns(core.size(2), experts.size(2));
   if (phi.size(1) == 0) return;
   for_scalar_type("core", core, [&](auto scalar) {

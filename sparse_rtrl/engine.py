@@ -215,7 +215,9 @@ class Engine:
 
     def flush(self) -> None:
         """Add to ``.grad`` what sleeping experts are owed and every loss row that was not handed out yet."""
-        self.add_to_grad(*self.influence.flush())
+        owed = self.influence.flush()
+        if owed is not None:
+            self.add_to_grad(*owed)
 
     def checked_mask(self, streams: Tensor | None) -> Tensor:
         """A mask of streams ``(B,)`` on the engine's device; None stands for all.

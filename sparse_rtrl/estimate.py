@@ -14,6 +14,12 @@ from sparse_rtrl.tree import ring_bytes, ring_widths
 MAX_COMMIT_EVERY = 16
 """Longest window that ``commit_every="auto"`` chooses: captured steps cost memory and a pass per loss."""
 
+MAX_FUSED_COMMIT_EVERY = 32
+"""The same for a cell with a fused pass, whose passes are cheaper."""
+
+MAX_SEGMENT = 1024
+"""Longest segment that is suggested: a segment keeps the activations of its steps."""
+
 MAX_WINDOW_STEPS = 64
 """Most steps that ``Carry(commit_every="auto")`` lets a window collect."""
 
@@ -33,7 +39,8 @@ class Estimate:
         bptt_bytes_per_step: bytes that one step of BPTT saves for its backward pass, measured on one step.
         break_even_length: length from which BPTT needs more memory than the influence.
         step_flops: ``2 w (r + 1) N B`` floating-point operations of a step-wise update of the active parameters.
-        commit_every: suggested steps between two influence updates.
+        commit_every: suggested steps between two influence updates, for a learner that takes single steps.
+        segment: suggested steps per ``unroll``, where single steps are not needed.
     """
 
     batch_size: int
@@ -47,6 +54,7 @@ class Estimate:
     break_even_length: float
     step_flops: float
     commit_every: int
+    segment: int
 
     @property
     def recurrent_parameters(self) -> int:
@@ -61,7 +69,8 @@ class Estimate:
             f"BPTT: {self.bptt_bytes_per_step} bytes per step; more than the influence from length"
             f" {self.break_even_length:.0f}\n"
             f"step-wise update: 2 w (r + 1) N B = {self.step_flops:.3g} flop per step;"
-            f" suggested commit_every = {self.commit_every}"
+            f" suggested commit_every = {self.commit_every}\n"
+            f"segments of n steps: about 2 (2 H + H^2 / n) N B flop per step; suggested n = {self.segment}"
         )
 
 
@@ -115,6 +124,7 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
         break_even_length=influence_bytes / max(saved_bytes, 1),
         step_flops=2.0 * w * (r + 1) * active * batch_size,
         commit_every=commit_every,
+        segment=choose_segment(hidden),
     )
 
 
@@ -135,8 +145,13 @@ def tree_bytes(cell: SlotCell, batch_size: int, routing: Routing, buffer: int, c
     return ring_bytes(widths, batch_size, cell.slot_size, item)
 
 
-def choose_commit_every(cell: SlotCell, groups: ParameterGroups, routing: Routing) -> int:
-    """Steps per influence update with the fewest multiply-adds per step.
+def choose_segment(hidden_size: int) -> int:
+    """Steps per segment near ``H``, a power of two: from there on longer ones save little of ``(2 H + H² / n) N``."""
+    return min(MAX_SEGMENT, 1 << max(0, hidden_size - 1).bit_length())
+
+
+def choose_commit_every(cell: SlotCell, groups: ParameterGroups, routing: Routing, most: int = MAX_COMMIT_EVERY) -> int:
+    """Steps per influence update with the fewest multiply-adds per step, a power of two up to ``most``.
 
     Step-wise an update costs ``w (r + 1)`` per active parameter. A window of ``n`` steps costs
     ``(min(H, n w) min(H, n r) + min(H, n w) n) / n`` per parameter that is active in any of its steps, which for
@@ -152,7 +167,7 @@ def choose_commit_every(cell: SlotCell, groups: ParameterGroups, routing: Routin
         awake = groups.num_experts * (1.0 - (1.0 - share) ** n) * groups.expert_columns
         return (groups.core_columns + awake) * (rows * cols / n + rows)
 
-    return min((1 << power for power in range(MAX_COMMIT_EVERY.bit_length())), key=cost)
+    return min((1 << power for power in range(most.bit_length())), key=cost)
 
 
 def check_memory(

@@ -83,6 +83,7 @@ class Influence:
         self.influenced = torch.zeros(batch_size, experts, dtype=torch.bool, device=device)
         self.awake = torch.full((batch_size, experts), catch_up == "eager", device=device)
         """Experts whose matrix is that of the entry of the current window."""
+        self._every_pair = torch.ones_like(self.influenced).nonzero()
         self.handed_out = torch.zeros(batch_size, experts, hidden, **options)
         """Part of a sleeping expert's loss row vector that :meth:`flush` has paid already."""
         self.window: list[Captured] = []
@@ -98,6 +99,8 @@ class Influence:
         """How sleeping experts are kept; None until the first step, where it takes the sizes of a step to decide."""
         self.commit_every = 1
         """Steps of a segment, for the planner."""
+        self._rows_hold_gradients = False
+        """Whether loss rows may hold gradients that no backward pass has handed out."""
         self._steps_since_flush = 0
         self._flush_interval = 1.0
         self._planned_interval = 1.0
@@ -221,9 +224,10 @@ class Influence:
         self.window_loss_row += v
         every = torch.arange(self.batch_size, device=v.device)
         self._ops.loss_row_(self.core, v, every)
-        awake = self.awake.nonzero()
+        # Without a tree every expert is awake, always.
+        awake = self._every_pair if self.tree is None else self.awake.nonzero()
         self._ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
-        core, experts = self._take_loss_rows(self.awake)
+        core, experts = self._take_loss_rows(awake)
         if not bool(torch.isfinite(core.sum() + experts.sum())):
             bad = ~torch.isfinite(self.core).flatten(1).all(1)
             raise NonFiniteError(step, bad.nonzero().flatten().tolist(), "the influence, which has overflowed")
@@ -234,17 +238,20 @@ class Influence:
         return core, experts
 
     @full_precision
-    def flush(self) -> tuple[Tensor, Tensor]:
+    def flush(self) -> tuple[Tensor, Tensor] | None:
         """Pay what sleeping experts are owed and hand out every loss row.
 
         Returns:
-            Core ``(N_core,)`` and experts ``(E, N_expert)``, summed over the streams.
+            Core ``(N_core,)`` and experts ``(E, N_expert)``, summed over the streams; None if nothing can be owed.
         """
         if self._steps_since_flush:
             self._flush_interval += 0.5 * (self._steps_since_flush - self._flush_interval)
             self._steps_since_flush = 0
+        if self.tree is None and not self._rows_hold_gradients:
+            return None
         self._pay(self.influenced & ~self.awake)
-        return self._take_loss_rows(torch.ones_like(self.awake))
+        self._rows_hold_gradients = False
+        return self._take_loss_rows(self._every_pair)
 
     @full_precision
     def discard(self) -> None:
@@ -375,6 +382,7 @@ class Influence:
         self._steps_since_flush, self._flush_interval, self._planned_interval = state["intervals"]
         for name in _TENSORS:
             getattr(self, name).copy_(state[name])
+        self._rows_hold_gradients = True
         self.commits = state["commits"]
         self.events = Counter(state["events"])
         self._new_window()
@@ -393,6 +401,7 @@ class Influence:
         else:
             self.last_update.fill_(other.commits)
         self.window_loss_row.copy_(other.window_loss_row)
+        self._rows_hold_gradients = True
         self.commits, self.events = other.commits, other.events
         self._steps_since_flush, self._flush_interval = other._steps_since_flush, other._flush_interval
         self._planned_interval, self.commit_every = other._planned_interval, other.commit_every
@@ -427,6 +436,7 @@ class Influence:
         """
         if self.tree is None or not len(pairs):
             return
+        self._rows_hold_gradients = True
         streams, experts = pairs.T
         rows = self._rows(pairs)
         handed_out = self.handed_out[streams, experts]
@@ -480,15 +490,15 @@ class Influence:
         total = self._owed_rows(sleeping)[streams, experts]
         owed = total - self.handed_out[streams, experts]
         if bool(owed.any()):
+            self._rows_hold_gradients = True
             self.events["payments"] += int(owed.any(1).sum())
             self._ops.loss_row_(self.experts, owed, self._rows(pairs))
             self.handed_out[streams, experts] = total
 
-    def _take_loss_rows(self, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over the streams, and zero, the loss rows of the core and of the pairs in ``experts (B, E)`` bool."""
+    def _take_loss_rows(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over the streams, and zero, the loss rows of the core and of (stream, expert) pairs ``(M, 2)``."""
         core = self.core[:, -1].sum(0)
         self.core[:, -1] = 0
-        pairs = experts.nonzero()
         rows, loss_rows = self._rows(pairs), self.experts[:, -1]
         taken = self._no_expert_gradient()
         taken.index_add_(0, pairs[:, 1], loss_rows.index_select(0, rows))

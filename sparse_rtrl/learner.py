@@ -14,7 +14,7 @@ from sparse_rtrl.cuda_graph import CannotRecord, FixedSteps
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
-from sparse_rtrl.estimate import choose_commit_every
+from sparse_rtrl.estimate import MAX_COMMIT_EVERY, MAX_FUSED_COMMIT_EVERY, choose_commit_every
 from sparse_rtrl.jacobian import StepJacobian
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
@@ -171,7 +171,8 @@ class RTRL:
             if self.commit_every == "auto":
                 with torch.no_grad():
                     routing = engine.cell.route(xs[0], self._state)
-                self.commit_every = choose_commit_every(engine.cell, engine.groups, routing)
+                most = MAX_COMMIT_EVERY if engine.fused is None else MAX_FUSED_COMMIT_EVERY
+                self.commit_every = choose_commit_every(engine.cell, engine.groups, routing, most)
             engine.influence.commit_every = self.commit_every
             entry = _Entry(engine)
             run = self._run_fused if engine.fused is not None and engine.fused.usable else self._run_captured

@@ -32,6 +32,7 @@ _CORE = (
     "core.weight",
 )
 _EXPERT = ("experts.weight", "experts.bias")
+_METHODS = {"route", "transition", "update", "output"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class SlotMoePass:
         self._place = {p.name: number for number, p in enumerate(groups.all)}
         self._copied: list[Tensor] = []
         self._copied_at: list[tuple[int, int]] = []
+        # A parametrized weight is a new tensor each time: what tells whether it changed is behind it.
+        self._parametrized = [p for p in groups.all if len(p.sources) != 1 or p.sources[0] is not p.tensor]
 
     @classmethod
     def of_cell(
@@ -114,8 +117,8 @@ class SlotMoePass:
 
     @property
     def usable(self) -> bool:
-        """Whether the cell runs as it was written: without hooks on its modules, and outside of autocast."""
-        if torch.is_autocast_enabled("cpu"):
+        """Whether the cell runs as it was written: no method replaced, no hooks on its modules, no autocast."""
+        if torch.is_autocast_enabled("cpu") or not _METHODS.isdisjoint(self.cell.__dict__):
             return False
         inside = (self.cell, *(m for name, m in self.cell.named_children() if name != "readout"))
         return not any(m._forward_hooks or m._forward_pre_hooks for m in inside)
@@ -150,16 +153,17 @@ class SlotMoePass:
         new_state, slots, saved, index = ops.slot_moe_forward(
             state.contiguous(), query_token, weights, *self.sizes, self.cell.top_k
         )
-        return FusedSteps(self, xs.contiguous(), saved, index, self._copies(weights)), slots, new_state
+        return FusedSteps(self, xs.contiguous(), saved, index, self._copies(weights, tensors)), slots, new_state
 
     def outputs(self, steps: FusedSteps, slots: Tensor) -> Tensor:
         """Outputs ``(n, B, output_size)`` of steps from the slots they look at, see :meth:`run`."""
         support = steps.index[..., : -self.cell.top_k].flatten(0, 1)
         return self.cell.output(steps.inputs.flatten(0, 1), slots.flatten(0, 1), support).unflatten(0, slots.shape[:2])
 
-    def _copies(self, weights: list[Tensor]) -> list[Tensor]:
+    def _copies(self, weights: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
         """Copies of the weights, shared by all segments that were run with the same ones."""
-        at = [(id(source), source._version) for p in self.groups.all for source in p.sources]
+        behind = [source for p in self._parametrized for source in p.sources]
+        at = [(id(t), t._version) for t in (*tensors, *behind) if t.is_leaf]
         if at != self._copied_at:
             self._copied, self._copied_at = [weight.clone() for weight in weights], at
         return self._copied
@@ -173,26 +177,31 @@ def fused_segment(steps: Sequence[FusedSteps], hidden_size: int) -> tuple[Segmen
         hidden_size: ``H``.
 
     Returns:
-        The segment, its immediate Jacobians left out, and the state entries that it writes, ``(R,)``.
+        The segment, its immediate Jacobians left out, and the state entries that it writes, ``(B, R)``.
     """
     cell, groups = steps[0].of.cell, steps[0].of.groups
     batch, size = steps[0].saved.shape[1], cell.slot_size
-    index = torch.cat([step.index.flatten(0, 1) for step in steps])
-    support = index[:, : cell.read_slots + cell.write_slots].unique()
-    write = index[:, cell.read_slots : cell.read_slots + cell.write_slots].unique()
-    rows = slot_entries(write.unsqueeze(0), size)[0]
-    phi = _identity(rows, batch, hidden_size, steps[0].saved)
+    support = torch.cat([step.index[..., : -cell.top_k] for step in steps]).transpose(0, 1)  # (B, n, kr + kw)
+    written = torch.zeros(batch, cell.num_slots, dtype=torch.bool)
+    write = _slots(written.scatter(1, support[..., cell.read_slots :].flatten(1), True))
+    touched = written.scatter(1, write, True).scatter_(1, support.flatten(1), True)
+    support = _slots(touched)
+    rows = slot_entries(write, size)
+    phi = _identity(rows, hidden_size, steps[0].saved)
     for step in reversed(steps):
         ops.slot_moe_transfer_(phi, *step._arguments)
-    Jh = phi if len(support) == cell.num_slots else phi[:, :, slot_entries(support.unsqueeze(0), size)[0]]
+    if support.shape[1] == cell.num_slots:
+        support, Jh = torch.arange(cell.num_slots).expand(batch, -1), phi
+    else:
+        Jh = phi.gather(2, slot_entries(support, size).unsqueeze(1).expand(-1, phi.shape[1], -1))
     every = torch.arange(batch)
     used = torch.cat([step.experts for step in steps], 1)
     pairs = (every.unsqueeze(1) * groups.num_experts + used).unique()
     streams = torch.div(pairs, groups.num_experts, rounding_mode="floor")
     segment = Segment(
         Jh,
-        write.expand(batch, -1),
-        support.expand(batch, -1),
+        write,
+        support,
         GroupFactors(every, every, [], [], []),
         GroupFactors(streams, pairs, [], [], []),
     )
@@ -205,19 +214,23 @@ def add_immediate_(core: Tensor, experts: Tensor, rows: Tensor, steps: Sequence[
     Args:
         core: ``(B, H + 1, N_core)``.
         experts: ``(B * E, H + 1, N_expert)``.
-        rows: state entries that the window writes, ``(R,)``.
+        rows: state entries that the window writes, ``(B, R)``.
         steps: the window, oldest first.
     """
-    phi = _identity(rows, core.shape[0], core.shape[1] - 1, core)
+    phi = _identity(rows, core.shape[1] - 1, core)
     for step in reversed(steps):
         ops.slot_moe_commit_(core, experts, phi, rows, *step._arguments)
 
 
-def _identity(rows: Tensor, batch: int, hidden: int, like: Tensor) -> Tensor:
-    """Rows of the identity, ``(B, R, H)``."""
-    phi = like.new_zeros(batch, len(rows), hidden)
-    phi[:, torch.arange(len(rows)), rows] = 1.0
-    return phi
+def _slots(chosen: Tensor) -> Tensor:
+    """Chosen slots ``(B, S)`` bool as indices ``(B, most)``; a stream that has fewer gets others too."""
+    most = int(chosen.sum(1).max())
+    return chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+def _identity(rows: Tensor, hidden: int, like: Tensor) -> Tensor:
+    """Rows of the identity, ``rows (B, R)`` to ``(B, R, H)``."""
+    return like.new_zeros(*rows.shape, hidden).scatter_(2, rows.unsqueeze(2), 1.0)
 
 
 class FusedSegment(torch.autograd.Function):

@@ -106,7 +106,7 @@ def test_agrees_with_the_general_capture_while_parameters_move(catch_up: str) ->
 
 def test_kept_weights_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above sees it if steps were taken back with newer weights."""
-    monkeypatch.setattr(SlotMoePass, "_copies", lambda self, weights: weights)
+    monkeypatch.setattr(SlotMoePass, "_copies", lambda self, weights, tensors: weights)
     with pytest.raises(AssertionError):
         test_agrees_with_the_general_capture_while_parameters_move("eager")
 
@@ -153,6 +153,12 @@ def test_cells_that_run_their_own_code() -> None:
     assert calls
     handle.remove()
     calls.clear()
+    update = hooked.update
+    hooked.update = lambda *arguments: (calls.append(1), update(*arguments))[1]
+    learner(torch.randn(1, 3)).sum().backward()
+    assert calls
+    del hooked.update
+    calls.clear()
     learner(torch.randn(1, 3)).sum().backward()
     assert not calls
 
@@ -198,7 +204,7 @@ def test_operations_refuse_what_does_not_fit() -> None:
             ops.slot_moe_pull_back_(v, *g, None, *changed)
     with pytest.raises(IndexError, match="rows must"):
         phi = torch.zeros(2, 1, 30).double()
-        ops.slot_moe_commit_(core, experts, phi, torch.tensor([30]), *arguments)
+        ops.slot_moe_commit_(core, experts, phi, torch.tensor([[30], [0]]), *arguments)
     for name, call in (
         ("slot_moe_pull_back_", (v, *g, None, *arguments)),
         ("slot_moe_transfer_", (torch.zeros(2, 4, 30).double(), *arguments)),
