@@ -236,7 +236,7 @@ class SuggestedRTRL(SparseRTRL):
     """Segments as long as ``estimate`` suggests, at most 1024."""
 
     def __init__(self, config: str, batch: int) -> None:
-        self.segment = min(1024, estimate(build_cell(config), batch).commit_every)
+        self.segment = min(1024, estimate(build_cell(config), batch).segment)
         super().__init__(config, batch)
 
 
