@@ -2,8 +2,9 @@
 
 Builds the compiled parts, runs the tests of the operations on the device, measures the roofs of the device (copy
 bandwidth, float32 and TF32 rates of large matrix products), then the kernels beside the plain PyTorch reference and
-``torch.compile`` of it, and writes ``bench/results/<gpu>-<date>.json`` and a plot. It needs torch, triton, nvcc and
-pytest, and no network; the plot needs matplotlib and is left out without it.
+``torch.compile`` of it, then whole learning steps beside BPTT (``--memory-end`` adds the length at which BPTT runs out
+of the card's memory, and RTRL over twice that). Writes ``bench/results/<gpu>-<date>.json`` and a plot. It needs torch,
+triton, nvcc and pytest, and no network; the plot needs matplotlib and is left out without it.
 
 A time is reported only for code whose result was compared with float64 in the same run. ``--dry-run`` goes through all
 of it on a CPU except the launches: the launchers run up to the launch, the reference then stands in for the kernel, and
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 import triton
 
+from bench import gpu_learning
 from sparse_rtrl import reference, triton_kernels
 from sparse_rtrl.triton_kernels import launch
 
@@ -318,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file; the default names the GPU and the date")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--skip-tests", action="store_true", help="neither build nor run the tests")
+    parser.add_argument("--memory-end", action="store_true", help="run BPTT until the memory is used up; minutes")
     options = parser.parse_args(arguments)
     dry_run = options.dry_run
     if not dry_run and not torch.cuda.is_available():
@@ -346,7 +349,14 @@ def main(arguments: list[str] | None = None) -> int:
     gpu = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     out = options.out or ROOT / "bench" / "results" / f"{gpu}-{date}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine, "date": date, "dry_run": dry_run, "status": status, "roofs": roofs, "rows": rows}
+    report: dict[str, Any] = {
+        "machine": machine,
+        "date": date,
+        "dry_run": dry_run,
+        "status": status,
+        "roofs": roofs,
+        "rows": rows,
+    }
     report["failures"] = failures
     for case in cases(device, dry_run):
         for precision in launch.PRECISIONS if case[0] != "loss_row_" else ("ieee",):
@@ -357,9 +367,20 @@ def main(arguments: list[str] | None = None) -> int:
                 failures.append(f"{case[0]} {case[1]} {precision}: {error!r}")
                 print(failures[-1], flush=True)
             out.write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        report["learning"] = gpu_learning.measure(device, dry_run)
+        print(*report["learning"], sep="\n")
+        if options.memory_end and not dry_run:
+            report["memory_end"] = gpu_learning.where_bptt_ends(device)
+            print(report["memory_end"])
+    except Exception as error:
+        failures.append(f"learning steps: {error!r}")
+        print(failures[-1], flush=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
     picture = out.with_suffix(".png")
     print(f"wrote {out}" + (f" and {picture}" if plot(rows, picture) else "; no plot, matplotlib is not installed"))
     wrong = [row for row in rows if not all(row["checked"].values())]
+    wrong += [row for row in report.get("learning", []) if not row["checked"]]
     return int(bool(any(status.values()) or failures or wrong))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_rtrl import RTRL, CircularTree, SlotMoECell, ops
+from sparse_rtrl import RTRL, Carry, CircularTree, SlotMoECell, ops
 
 torch.set_num_threads(1)
 
@@ -70,3 +70,44 @@ def test_learning_step(benchmark, commit_every):
 
     benchmark(step)
     assert float(learner.influence()["query_token.weight"].norm()) > 0
+
+
+def test_learning_unroll(benchmark):
+    """A segment of 32 steps with a loss at each, then its commit."""
+    torch.manual_seed(0)
+    cell = SlotMoECell(
+        input_size=8, slot_size=16, num_slots=4, num_experts=4, top_k=2, read_slots=2, write_slots=2, output_size=4
+    )
+    learner = RTRL(cell, 4, commit_every=32)
+    xs = torch.randn(32, 4, 8)
+
+    def segment() -> None:
+        learner.unroll(xs).sum().backward()
+        cell.zero_grad()
+
+    benchmark(segment)
+    assert float(learner.influence()["query_token.weight"].norm()) > 0
+
+
+@pytest.mark.parametrize("steps", [1, 16])
+def test_carry_segment(benchmark, steps):
+    """A segment of a plain recurrent cell with a loss at each step."""
+    torch.manual_seed(0)
+    cell = torch.nn.GRUCell(8, 32)
+    carry = Carry(cell)
+    x = torch.randn(4, 8)
+    last = carry(torch.zeros(4, 32))
+
+    def segment() -> None:
+        nonlocal last
+        h, loss = last, torch.zeros(())
+        for _ in range(steps):
+            h = cell(x, h)
+            loss = loss + h.sum()
+        last = carry(h)
+        loss.backward()
+
+    benchmark(segment)
+    entered = float(cell.weight_hh.grad.norm())
+    segment()
+    assert float(cell.weight_hh.grad.norm()) != entered

@@ -42,12 +42,16 @@ class DiagonalRTRL(RTRL):
         commit_every: int | Literal["auto"] = "auto",
         catch_up: str = "auto",
         backend: ops.Backend = "auto",
+        cuda_graph: bool = False,
     ) -> None:
+        if cuda_graph:
+            raise ValueError(f"cuda_graph=True is for slot cells, got a {type(cell).__name__}")
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
         self._engine = DiagonalEngine(cell, batch_size, backend)
         self.commit_every = commit_every
         self._routings = []
+        self._fixed = None
         self._state: State = _detached(cell.initial_state(batch_size))  # type: ignore[assignment]
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
+from sparse_rtrl.cuda_graph import CannotRecord, FixedSteps
 from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
@@ -75,6 +77,10 @@ class RTRL:
             the cost model of :func:`~sparse_rtrl.estimate`, found at the first step; 1 is the textbook.
         catch_up: how sleeping experts catch up: ``"auto"``, ``"eager"``, ``"replay"`` or ``"product"``.
         backend: what computes the influence: see :func:`sparse_rtrl.ops.select`.
+        cuda_graph: record each call as CUDA graphs and replay them, see :mod:`sparse_rtrl.cuda_graph`. Every call is
+            then one segment, committed by its backward or by the next call, whatever ``commit_every`` says, and all
+            experts move at every commit (``catch_up="eager"``). NaN and infinity raise at the next :meth:`reset` or
+            :meth:`state_dict`, not at once. A cell that cannot be recorded runs without, with a warning that says why.
 
     Raises:
         ContractError: if the cell couples the rows of a batch or draws random numbers.
@@ -98,14 +104,21 @@ class RTRL:
         commit_every: int | Literal["auto"] = "auto",
         catch_up: CatchUp = "auto",
         backend: ops.Backend = "auto",
+        cuda_graph: bool = False,
     ) -> None:
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
-        self._engine = Engine(cell, batch_size, buffer, catch_up, backend)  # type: ignore[arg-type]
+        if cuda_graph and catch_up not in ("auto", "eager"):
+            raise ValueError(f"catch_up must be 'eager' or 'auto' with cuda_graph=True, got {catch_up!r}")
+        path: CatchUp = "eager" if cuda_graph else catch_up
+        self._engine = Engine(cell, batch_size, buffer, path, backend)  # type: ignore[arg-type]
+        if cuda_graph and self._engine.device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs a cell on a CUDA device, got one on {self._engine.device}")
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = self.cell.initial_state(batch_size).detach()
         self._entry_state: Tensor | None = None
         self._routings: list[Routing] = []
+        self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
 
     @property
     def cell(self) -> SlotCell:
@@ -120,7 +133,7 @@ class RTRL:
     @property
     def state(self) -> Tensor:
         """State after the last step, ``(B, S, D)``, detached."""
-        return self._state.detach()
+        return self._state.detach() if self._fixed is None else self._fixed.state.clone()
 
     @property
     def entry_state(self) -> Tensor:
@@ -178,6 +191,8 @@ class RTRL:
         """Outputs of the steps, ``(n, B, ...)`` or one by one."""
         engine = self._engine
         check_learning_input(xs, engine)
+        if self._fixed is not None and (fixed := self._run_fixed(self._fixed, xs)) is not None:
+            return fixed
         with parametrize.cached():
             tensors = engine.checked_tensors()
             if self.commit_every == "auto":
@@ -197,6 +212,25 @@ class RTRL:
         self._state, self._entry_state = new_state.detach(), state
         self._routings = [routing for part in captured for routing in part.routings]
         return outputs
+
+    def _run_fixed(self, fixed: FixedSteps, xs: Tensor) -> Tensor | None:
+        """Replay a segment; None if it cannot be recorded, and from then on nothing is."""
+        fixed.finish()
+        try:
+            outputs = fixed.run(xs, self._engine.checked_tensors())
+        except CannotRecord as reason:
+            warnings.warn(f"the steps run without CUDA graphs, as they cannot be recorded: {reason}", stacklevel=4)
+            self._state, self._fixed = fixed.state, None
+            return None
+        self._engine.steps += len(xs)
+        self._state = fixed.state
+        return outputs
+
+    def _settle(self) -> None:
+        """Let recorded steps commit what they still hold, and report what was not finite."""
+        if self._fixed is not None:
+            self._fixed.finish()
+            self._fixed.check()
 
     def _run_captured(
         self, xs: Tensor, state: Tensor, tensors: list[Tensor]
@@ -250,7 +284,8 @@ class RTRL:
 
         :meth:`attach` calls it before each optimizer step. Call it yourself before you clip or unscale gradients.
         """
-        self._engine.flush()
+        if self._fixed is None:  # else no expert sleeps
+            self._engine.flush()
 
     def discard(self) -> None:
         """Drop the gradients that are owed, as ``zero_grad`` drops those in ``.grad``."""
@@ -267,9 +302,13 @@ class RTRL:
         """
         engine = self._engine
         streams = engine.checked_mask(streams)
+        self._settle()
         engine.influence.reset(streams)
         initial = engine.cell.initial_state(engine.batch_size).detach()
-        self._state = torch.where(streams.view(-1, 1, 1), initial, self._state)
+        self._set_state(torch.where(streams.view(-1, 1, 1), initial, self._state))
+
+    def _set_state(self, state: Tensor) -> None:
+        self._state = state if self._fixed is None else self._fixed.state.copy_(state)
 
     @property
     def routings(self) -> list[Routing]:
@@ -281,6 +320,7 @@ class RTRL:
 
         They are those of the last commit, and for a sleeping expert those of its last update.
         """
+        self._settle()
         return self._engine.influence.norms()
 
     def cap_influence(self, largest: float) -> tuple[int, float]:
@@ -297,10 +337,12 @@ class RTRL:
         """
         if not largest > 0:
             raise ValueError(f"largest must be positive, got {largest}")
+        self._settle()
         return self._engine.influence.cap_(largest)
 
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every recurrent parameter, ``(B, H, *shape)``, brought up to date."""
+        self._settle()
         return self._engine.influence.matrices()
 
     def evaluate(self) -> Evaluation:
@@ -312,6 +354,7 @@ class RTRL:
 
         Taking it changes nothing, so a run that saves takes the same path as one that does not.
         """
+        self._settle()
         return {
             "version": 2,
             "influence": self._engine.influence.state_dict(),
@@ -332,9 +375,10 @@ class RTRL:
         missing = {"influence", "capture", "state", "steps", "commit_every"} - set(state)
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
+        self._settle()
         self._engine.influence.load_state_dict(state["influence"])
         self._engine.capture.load_state_dict(state["capture"])
-        self._state = state["state"].to(self._engine.device, self._engine.dtype).clone()
+        self._set_state(state["state"].to(self._engine.device, self._engine.dtype).clone())
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
 

@@ -51,16 +51,40 @@ class Segment:
 
 
 def compose(steps: list[StepJacobian], groups: ParameterGroups, num_slots: int, slot_size: int) -> Segment:
-    """Compose the steps of a segment.
+    """Compose the steps of a segment, over the slots that they touched."""
+    Jh, write, support, core, expert = _compose(steps, num_slots, slot_size, every_slot=False)
+    return Segment(Jh, write, support, _core_factors(steps, core), _expert_factors(steps, expert, groups.num_experts))
+
+
+def compose_fixed(
+    steps: list[StepJacobian], groups: ParameterGroups, num_slots: int, slot_size: int
+) -> tuple[Segment, Tensor]:
+    """Compose the steps of a segment in shapes that follow from the sizes of a step alone.
+
+    A segment of several steps covers all slots, and its experts are as many as it could use at most: unused ones have
+    factors of zero.
+
+    Returns:
+        The segment, and the rows of the stacked influence whose experts are not in it, ``(M,)``.
+    """
+    Jh, write, support, core, expert = _compose(steps, num_slots, slot_size, every_slot=True)
+    factors, idle = _fixed_expert_factors(steps, expert, groups.num_experts)
+    return Segment(Jh, write, support, _core_factors(steps, core), factors), idle
+
+
+def _compose(
+    steps: list[StepJacobian], num_slots: int, slot_size: int, every_slot: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """``Jh``, ``write``, ``support``, and the deltas of core and experts of each step at the end of the segment.
 
     With ``Φ_t = dh_end[write] / dh_t``, taken backwards from the identity, step ``t`` contributes
     ``delta_end = Φ_t[:, write_t] delta_t`` at its own ``z``, and ``Φ_{t-1} = Φ_t J_t``.
 
     Args:
         steps: captured steps, oldest first.
-        groups: the recurrent parameters.
         num_slots: ``S``.
         slot_size: ``D``.
+        every_slot: take all slots instead of those that several steps touched.
     """
     first = steps[0]
     if len(steps) == 1:
@@ -69,8 +93,11 @@ def compose(steps: list[StepJacobian], groups: ParameterGroups, num_slots: int, 
     else:
         batch, hidden = first.Jh.shape[0], num_slots * slot_size
         # One set of slots for all streams: where a stream did not write a slot its rows are those of the identity.
-        write = torch.cat([s.routing.write.flatten() for s in steps]).unique().expand(batch, -1)
-        support = torch.cat([s.routing.support.flatten() for s in steps]).unique().expand(batch, -1)
+        if every_slot:
+            write = support = torch.arange(num_slots, device=first.Jh.device).expand(batch, -1)
+        else:
+            write = torch.cat([s.routing.write.flatten() for s in steps]).unique().expand(batch, -1)
+            support = torch.cat([s.routing.support.flatten() for s in steps]).unique().expand(batch, -1)
         rows = slot_entries(write, slot_size)
         phi = first.Jh.new_zeros(batch, rows.shape[1], hidden).scatter_(2, rows.unsqueeze(2), 1.0)
         core, expert = [], []
@@ -84,7 +111,7 @@ def compose(steps: list[StepJacobian], groups: ParameterGroups, num_slots: int, 
         core.reverse()
         expert.reverse()
         Jh = phi.gather(2, slot_entries(support, slot_size).unsqueeze(1).expand(-1, phi.shape[1], -1))
-    return Segment(Jh, write, support, _core_factors(steps, core), _expert_factors(steps, expert, groups.num_experts))
+    return Jh, write, support, core, expert
 
 
 def _core_factors(steps: list[StepJacobian], deltas: list[Tensor]) -> GroupFactors:
@@ -134,6 +161,39 @@ def _expert_factors(steps: list[StepJacobian], deltas: list[Tensor], num_experts
         zs = [join(z, indices) if z else None for z in _inputs([steps[i].expert.terms for i in indices])]
         _extend(out, steps[indices[0]].expert.terms, joined, zs)
     return out
+
+
+def _fixed_expert_factors(
+    steps: list[StepJacobian], deltas: list[Tensor], num_experts: int
+) -> tuple[GroupFactors, Tensor]:
+    """As :func:`_expert_factors` for ``min(E, n k)`` experts of each stream, the used ones first; and all others."""
+    batch, device = deltas[0].shape[0], deltas[0].device
+    every = torch.arange(batch, device=device).unsqueeze(1)
+    if num_experts == 0:
+        return GroupFactors(every[:0, 0], every[:0, 0], [], [], []), every[:0, 0]
+    used = torch.zeros(batch, num_experts, dtype=torch.int64, device=device)
+    for step in steps:
+        used.scatter_(1, step.routing.experts, 1)
+    order = used.argsort(dim=1, descending=True, stable=True)  # (B, E), expert at each place
+    place = order.argsort(dim=1)  # (B, E), place of each expert
+    count = min(num_experts, sum(step.routing.experts.shape[1] for step in steps))
+    pairs = every * num_experts + order
+    streams = every.expand(-1, count).flatten()
+    out = GroupFactors(streams, pairs[:, :count].flatten(), [], [], [])
+
+    def join(values: list[Tensor], indices: list[int]) -> Tensor:
+        """Values ``(B, k, ...)``, one per step, to ``(B * count, n, ...)``."""
+        joined = values[0].new_zeros(batch, count, len(indices), *values[0].shape[2:])
+        for nth, (value, index) in enumerate(zip(values, indices, strict=True)):
+            at = place.gather(1, steps[index].routing.experts).view(batch, -1, *[1] * (value.dim() - 2))
+            joined[:, :, nth].scatter_(1, at.expand_as(value), value)
+        return joined.flatten(0, 1)
+
+    for indices in _equal_layouts([step.expert.terms for step in steps]):
+        joined = join([deltas[i] for i in indices], indices).transpose(1, 2)  # (M, w, n, Σ)
+        zs = [join(z, indices) if z else None for z in _inputs([steps[i].expert.terms for i in indices])]
+        _extend(out, steps[indices[0]].expert.terms, joined, zs)
+    return out, pairs[:, count:].flatten()
 
 
 def _equal_layouts(terms: list[tuple[Term, ...]]) -> list[list[int]]:

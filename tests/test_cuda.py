@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_cell import pick
 from ring_problem import check_tree_operations
+from test_cuda_graph import BATCH, check_equal, new_cell, train
+from torch.nn.utils import parametrize
 
-from sparse_rtrl import CircularTree, ops
+from sparse_rtrl import RTRL, CircularTree, ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,3 +116,35 @@ def test_a_graph_is_replayed_at_different_counts():
         torch.testing.assert_close(rows.cpu(), plain.loss_rows(begin.unsqueeze(1), newest), rtol=1e-10, atol=1e-10)
     tree.refresh_count()
     assert tree.count == plain.count and tree.merges == plain.merges
+
+
+@pytest.mark.parametrize("segment", [1, 3])
+def test_recorded_learning_steps_equal_the_ordinary_ones(segment):
+    cells = [new_cell().cuda() for _ in range(2)]
+    ordinary = RTRL(cells[0], BATCH, commit_every=segment, catch_up="eager")
+    recorded = RTRL(cells[1], BATCH, cuda_graph=True)
+    check_equal(train(ordinary, segment), train(recorded, segment))
+    assert recorded._fixed is not None, "it fell back to steps without graphs"
+
+
+def test_a_recorded_learning_step_neither_waits_nor_allocates():
+    cell = new_cell().cuda()
+    # A parametrized weight is made anew outside of the graphs, here by a solver that looks at its result.
+    parametrize.remove_parametrizations(cell.core, "weight")
+    recorded = RTRL(cell, BATCH, cuda_graph=True)
+    x = torch.randn(1, BATCH, 3, dtype=torch.float64, device="cuda")
+
+    def step():
+        cell.zero_grad()
+        recorded.unroll(x).sum().backward()
+
+    for _ in range(3):
+        step()
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert recorded._fixed is not None and torch.cuda.memory_reserved() == reserved

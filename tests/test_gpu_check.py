@@ -31,6 +31,9 @@ def test_dry_run(tmp_path):
         assert row["median_seconds"] is None and row["fraction_of_roof"] is None
         assert all(row["checked"].values()) and row["bitwise_repeatable"] and row["bytes"] > 0 and row["flops"] > 0
         assert set(row["error_against_float64"]) == {"kernel", "reference", "torch.compile"}
+    learning = {row["name"]: row["relative_error"] for row in report["learning"]}
+    assert set(learning) == {"bptt", "rtrl-1", "rtrl-1, CUDA graphs", "rtrl-64", "rtrl-64, CUDA graphs"}
+    assert all(0 < error < 1e-5 for error in learning.values()) and not report["failures"]
     assert out.with_suffix(".png").exists() == ("no plot" not in done.stdout)
 
 

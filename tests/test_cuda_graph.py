@@ -1,0 +1,199 @@
+"""The step of fixed shapes against the ordinary one, run on the CPU without recording; recording needs a GPU."""
+
+import pytest
+import torch
+from oracle import gradients_of
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_rtrl import RTRL, NonFiniteError, Routing, SlotCell, SlotMoECell
+from sparse_rtrl.cuda_graph import FixedSteps, run_directly
+
+BATCH = 3
+
+
+def new_cell(num_experts=5):
+    torch.manual_seed(0)
+    sizes = {"slot_size": 4, "num_slots": 5, "top_k": 2, "read_slots": 2, "write_slots": 2}
+    return SlotMoECell(input_size=3, output_size=2, num_experts=num_experts, num_heads=2, **sizes).double()
+
+
+def fixed_learner(cell, record=run_directly):
+    """A learner as ``cuda_graph=True`` builds it, for the CPU."""
+    learner = RTRL(cell, BATCH, catch_up="eager")
+    learner._fixed = FixedSteps(learner._engine, learner._state, record)
+    return learner
+
+
+class NoLookAtValues(TorchDispatchMode):
+    """Refuses what waits for the device, and what has a shape that depends on values."""
+
+    refused = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.refused or masked:
+            raise AssertionError(f"{func} looks at values")
+        return func(*args, **(kwargs or {}))
+
+
+def train(learner, segment, calls=12):
+    """Losses at two of three calls, an optimizer step at every fourth, a reset of one stream; ``.grad`` after each."""
+    cell, generator, device = learner.cell, torch.Generator().manual_seed(1), learner.state.device
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.01)
+    learner.attach(optimizer)
+    cell.zero_grad()
+    found = []
+    for call in range(calls):
+        x, c = (torch.randn(segment, BATCH, n, generator=generator, dtype=torch.float64).to(device) for n in (3, 2))
+        outputs = learner.unroll(x)
+        if call % 3 != 1:
+            (outputs * c).sum().backward()
+        if call % 4 == 3:
+            optimizer.step()
+            found.append(gradients_of(cell))
+            optimizer.zero_grad()
+        if call == 5:
+            learner.reset(torch.tensor([False, True, False], device=device))
+    return found, learner.influence(), learner.state
+
+
+def check_equal(expected, found):
+    """Compare what two learners returned from :func:`train`."""
+    (expected, matrices, state), (found, found_matrices, found_state) = expected, found
+    assert len(expected) == 3
+    for now, then in zip(found, expected, strict=True):
+        for name in then:
+            assert float((now[name] - then[name]).norm()) <= 1e-12 * max(float(then[name].norm()), 1e-3), name
+    for name in matrices:
+        assert float(matrices[name].norm()) > 1e-3
+        assert float((found_matrices[name] - matrices[name]).norm()) <= 1e-12 * float(matrices[name].norm()), name
+    torch.testing.assert_close(found_state, state, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("segment", "num_experts"), [(1, 5), (1, 2), (3, 5)])
+def test_equals_the_ordinary_step(segment, num_experts):
+    ordinary = RTRL(new_cell(num_experts), BATCH, commit_every=segment, catch_up="eager")
+    check_equal(train(ordinary, segment), train(fixed_learner(new_cell(num_experts)), segment))
+
+
+def test_a_segment_without_loss_that_is_not_committed_shows(monkeypatch):
+    expected = train(RTRL(new_cell(), BATCH, commit_every=1, catch_up="eager"), 1)[0]
+    monkeypatch.setattr(FixedSteps, "finish", lambda self: setattr(self, "_pending", None))
+    found = train(fixed_learner(new_cell()), 1)[0]
+    worst = max(
+        float((f[n] - e[n]).norm() / e[n].norm().clamp(1e-9)) for f, e in zip(found, expected, strict=True) for n in e
+    )
+    assert worst > 1e-2
+
+
+@pytest.mark.parametrize("segment", [1, 3])
+def test_no_look_at_values_once_recorded(segment):
+    learner = fixed_learner(new_cell())
+    x = torch.randn(segment, BATCH, 3, dtype=torch.float64)
+    learner.unroll(x).sum().backward()
+    with NoLookAtValues():
+        learner.unroll(x).sum().backward()
+        learner.unroll(x)
+        learner.unroll(x).sum().backward()
+        learner.flush()
+    ordinary = RTRL(new_cell(), BATCH, commit_every=segment, catch_up="eager", backend="reference")
+    ordinary.unroll(x).sum().backward()
+    with pytest.raises(AssertionError, match="looks at values"), NoLookAtValues():
+        ordinary.unroll(x).sum().backward()
+
+
+class ElementWise(SlotCell):
+    """Uses a parameter in a way that has no factors."""
+
+    def __init__(self):
+        super().__init__(2, 3)
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.readout = nn.Linear(3, 2, dtype=torch.float64)
+
+    def route(self, x, state):
+        slots = torch.arange(2).expand(len(x), -1)
+        return Routing(slots[:, :1], slots[:, 1:], slots[:, :0])
+
+    def update(self, x, h_read, h_write, routing):
+        new = torch.tanh(h_write * self.scale + x[:, None] + h_read)
+        return new, self.readout(new[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:scale. used in a way")
+def test_falls_back_with_the_reason():
+    learners = [fixed_learner(ElementWise()), RTRL(ElementWise(), BATCH, commit_every=1, catch_up="eager")]
+    learners[1].cell.load_state_dict(learners[0].cell.state_dict())
+    x = torch.randn(4, BATCH, 3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="cannot be recorded: scale: their dense"):
+        learners[0](x[0]).sum().backward()
+    learners[1](x[0]).sum().backward()
+    for x_t in x[1:]:
+        for learner in learners:
+            learner(x_t).sum().backward()
+    assert learners[0]._fixed is None
+    for found, expected in zip(*(gradients_of(learner.cell).values() for learner in learners), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_falls_back_in_the_middle_when_recording_fails():
+    def record(functions):
+        if fail:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return functions
+
+    cells = new_cell(), new_cell()
+    fail, learner = False, fixed_learner(cells[0], record)
+    ordinary = RTRL(cells[1], BATCH, commit_every=1, catch_up="eager")
+    x = torch.randn(3, BATCH, 3, dtype=torch.float64)
+    for each in (learner, ordinary):
+        each(x[0])
+        each(x[1]).sum().backward()
+    fail = True
+    ordinary.commit_every = 2
+    with pytest.warns(UserWarning, match="operation not permitted"):
+        learner.unroll(x[1:]).sum().backward()
+    ordinary.unroll(x[1:]).sum().backward()
+    for found, expected in zip(*(gradients_of(cell).values() for cell in cells), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_hook_is_an_obstacle():
+    cell = new_cell()
+    cell.query_token.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="module query_token has a hook"):
+        fixed_learner(cell)(torch.zeros(BATCH, 3, dtype=torch.float64))
+
+
+def test_backward_at_the_wrong_time():
+    learner = fixed_learner(new_cell())
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    first, second = learner(x), learner(x)
+    with pytest.raises(RuntimeError, match="too late or twice"):
+        first.sum().backward()
+    second.sum().backward()
+    third = learner(x)
+    with torch.no_grad():
+        learner.cell.control.bias.add_(0.1)
+    with pytest.raises(RuntimeError, match="a parameter changed"):
+        third.sum().backward()
+
+
+def test_what_is_not_finite_is_reported_at_the_reset():
+    learner = fixed_learner(new_cell())
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    learner(x).sum().backward()
+    learner(x * torch.nan).sum().backward()
+    with pytest.raises(NonFiniteError):
+        learner.reset()
+    learner.reset()
+    learner(x).sum().backward()
+    assert all(bool(torch.isfinite(matrix).all()) for matrix in learner.influence().values())
+
+
+def test_needs_a_cuda_device():
+    with pytest.raises(ValueError, match="cuda_graph=True needs a cell on a CUDA device, got one on cpu"):
+        RTRL(new_cell(), BATCH, cuda_graph=True)
+    with pytest.raises(ValueError, match="catch_up must be 'eager' or 'auto' with cuda_graph=True, got 'replay'"):
+        RTRL(new_cell(), BATCH, catch_up="replay", cuda_graph=True)
