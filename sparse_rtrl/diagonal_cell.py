@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_rtrl.precision import full_precision
+
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """State entries ``(B, *state_shape)``; with the previous input ``(B, input_size)`` where a cell looks at it."""
 
@@ -38,9 +40,9 @@ class Mapped:
 
     @cached_property
     def value(self) -> Tensor:
-        """``W x + b``, ``(N, *shape)``, in the precision of the weight also under autocast."""
+        """``W x + b``, ``(N, *shape)``."""
         x = self.x.to(self.weight.dtype) if self.weight.is_complex() else self.x
-        return F.linear(x, self.weight, self.bias).to(self.weight.dtype).unflatten(-1, self.shape)
+        return F.linear(x, self.weight, self.bias).unflatten(-1, self.shape)
 
     @property
     def columns(self) -> int:
@@ -208,7 +210,7 @@ class DiagonalCell(nn.Module):
     def unroll(self, xs: Tensor, state: State) -> tuple[Tensor, State]:
         """Run several steps: ``xs (n, B, input_size)`` and a state to outputs ``(n, B, ...)`` and the new state."""
         rows = self.rows(xs, state)
-        values = [projection.value for projection in self.project(rows)]
+        _, values = self.projected(rows)
         states = self.states(state if isinstance(state, Tensor) else state[0], values, len(xs))
         if (observer := _observers.get(self)) is not None:
             observer(rows, states)
@@ -224,6 +226,12 @@ class DiagonalCell(nn.Module):
                 )
             xs = torch.cat((xs, torch.cat((state[1].unsqueeze(0), xs[:-1]))), dim=-1)
         return xs.flatten(0, 1)
+
+    @full_precision
+    def projected(self, rows: Tensor) -> tuple[tuple[Projection, ...], list[Tensor]]:
+        """What :meth:`project` gives for input rows, and its values, in full precision under autocast too."""
+        projections = tuple(self.project(rows))
+        return projections, [projection.value for projection in projections]
 
     def states(self, h: Tensor, values: list[Tensor], steps: int) -> list[Tensor]:
         """The state entries before the first and after each of ``steps`` steps, from values of all their rows."""

@@ -61,7 +61,7 @@ class DiagonalEngine:
             if p is not None
         ]
         self._layouts = find_layouts(cell)
-        projections = cell.project(like)
+        projections, _ = cell.projected(like)
         self._columns = [projection.columns for projection in projections]
         self._parts = [[(t.shape, t.is_complex()) for t in projection.tensors] for projection in projections]
         kept = [
@@ -112,11 +112,10 @@ class DiagonalEngine:
         cell, steps = self.cell, len(xs)
         entries, *rest = (state,) if isinstance(state, Tensor) else state
         rows = cell.rows(xs, (entries, *rest) if rest else entries)  # type: ignore[arg-type]
-        projections = cell.project(rows)
+        projections, values = cell.projected(rows)
         self._note_unfrozen(projections)
         entry = SegmentEntry(self)
         tensors = [tensor for projection in projections for tensor in projection.tensors]
-        values = [projection.value for projection in projections]
         states = cell.states(EnterSegment.apply(entry, entries, *tensors), values, steps)
         outputs = cell.outputs(rows, states, values)
         self._check_new_state(states)
@@ -141,7 +140,7 @@ class DiagonalEngine:
         like = cell.initial_entries(1)
         size = like.shape[1:].numel()
         with torch.enable_grad():
-            projections = cell.project(cell.zero_rows(1))
+            projections, _ = cell.projected(cell.zero_rows(1))
         tensors = [tensor for projection in projections for tensor in projection.tensors]
 
         def by_parameter(u: Tensor) -> list[Tensor | None]:

@@ -68,7 +68,7 @@ class Diagonal:
         states = [runs[0][1][0], *(state for _, states, _ in runs for state in states[1:])]
         engine = self._engine
         with torch.no_grad():
-            projections = self.cell.project(torch.cat([rows for rows, _, _ in runs]))
+            projections = self.cell.projected(torch.cat([rows for rows, _, _ in runs]))[0]
         segment = engine.influence.capture(self.cell, projections, states, engine.steps)
         if engine.influence.is_full:
             engine.influence.commit()
@@ -109,7 +109,7 @@ class Diagonal:
             raise too_late()
         found = engine.past_gradients(position, self._entries(u), index)
         with torch.enable_grad():
-            tensors = [t for projection in self.cell.project(self.cell.zero_rows(1)) for t in projection.tensors]
+            tensors = [t for projection in self.cell.projected(self.cell.zero_rows(1))[0] for t in projection.tensors]
         pairs = [(t, g) for t, g in zip(tensors, found, strict=True) if g is not None and t.requires_grad]
         trainable = [p for p in self.parameters if p.trainable]
         gradients = torch.autograd.grad(
