@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.utils import _pytree as pytree
 
 from sparse_rtrl.slot_cell import Routing, SlotCell
 from sparse_rtrl.tasks import Batch
@@ -53,7 +54,7 @@ class TBPTT(GradientMethod):
             tally = Tally()
             # A segment that asks nothing has no gradient here, so it needs no graph.
             with torch.set_grad_enabled(divisor > 0):
-                outputs, state = unroll(self.model, x, state.detach())
+                outputs, state = unroll(self.model, x, pytree.tree_map(Tensor.detach, state))
                 if divisor:
                     loss, tally = answer_loss(outputs, target)
                     (loss / divisor).backward()

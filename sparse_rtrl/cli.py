@@ -72,6 +72,11 @@ class CellName(str, Enum):
 
     slot_moe = "slot-moe"
     sparse_latent_moe = "sparse-latent-moe"
+    lru = "lru"
+    retention = "retention"
+    rwkv = "rwkv"
+    mamba = "mamba"
+    elstm = "elstm"
 
 
 class TaskName(str, Enum):
@@ -88,7 +93,9 @@ _CELL, _TASK, _OPTIMIZER, _OUTPUT = "Cell", "Task", "Training", "Output"
 Methods = Annotated[list[Method], typer.Option("--method", "-m", help="Repeat the option for several methods.")]
 Cell = Annotated[CellName, typer.Option(help="The recurrent cell.", rich_help_panel=_CELL)]
 SlotSize = Annotated[int, typer.Option(help="Numbers per slot.", rich_help_panel=_CELL)]
-NumSlots = Annotated[int, typer.Option(help="Slots; a GRU or RNN gets the same state size.", rich_help_panel=_CELL)]
+NumSlots = Annotated[
+    int, typer.Option(help="Slots, or heads; other cells get slots * slot size units.", rich_help_panel=_CELL)
+]
 NumExperts = Annotated[int, typer.Option(help="Experts.", rich_help_panel=_CELL)]
 TopK = Annotated[int, typer.Option(help="Experts active in a step.", rich_help_panel=_CELL)]
 ReadSlots = Annotated[int, typer.Option(help="Slots read in a step.", rich_help_panel=_CELL)]
@@ -199,6 +206,7 @@ def train(
     - `sparse-rtrl train` — sparse RTRL on the haystack, length growing from 12 to 128
     - `sparse-rtrl train -m tbptt --segment 8 --name truncated` — the same with truncated BPTT
     - `sparse-rtrl train --task recall --pairs 8 --start-length 40 --length 200 --slot-size 32`
+    - `sparse-rtrl train --cell lru --segment 1` — a linear recurrent unit, exact and fully online
     - `sparse-rtrl train --evaluate-at 128 --evaluate-at 10000` — score far beyond the training length
     - `tensorboard --logdir runs` — look at all runs
     """

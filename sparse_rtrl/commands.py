@@ -241,6 +241,8 @@ def _random_batch(length: int, batch_size: int, generator: torch.Generator) -> B
 
 def show_plan(config: RunConfig, flush_every: float, buffer: int | Literal["auto"], measure: bool) -> None:
     """Print the planner's decision for a configuration, and its cost table."""
+    if config.cell not in contestant.SLOT_CELLS:
+        raise ValueError(f"cell must have experts to plan for ({', '.join(contestant.SLOT_CELLS)}), got {config.cell}")
     cell = contestant.build_method(replace(config, method="bptt")).model
     groups = ParameterGroups.of_cell(cell)  # type: ignore[arg-type]
     rates: dict[str, Any] = measured_rates() if measure else {}

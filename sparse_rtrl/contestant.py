@@ -20,7 +20,16 @@ from typing import Any, Literal
 import torch
 
 from sparse_rtrl.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
-from sparse_rtrl.cells import SlotMoECell, SparseLatentMoECell
+from sparse_rtrl.cells import (
+    ELSTMCell,
+    LRUCell,
+    MambaCell,
+    RetentionCell,
+    RWKVCell,
+    SlotMoECell,
+    SparseLatentMoECell,
+)
+from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.measurement import median_seconds, peak_growth
 from sparse_rtrl.slot_cell import SlotCell
 from sparse_rtrl.tasks import TASKS, Batch, Curriculum, Task
@@ -36,8 +45,20 @@ METHODS = {
 }
 """Methods by the name they have on the command line."""
 
-CELLS: dict[str, Callable[..., SlotCell]] = {"slot-moe": SlotMoECell, "sparse-latent-moe": SparseLatentMoECell}
-"""Cells by the name they have on the command line."""
+SLOT_CELLS: dict[str, Callable[..., SlotCell]] = {"slot-moe": SlotMoECell, "sparse-latent-moe": SparseLatentMoECell}
+"""Slot cells by the name they have on the command line."""
+
+DIAGONAL_CELLS: dict[str, Callable[..., DiagonalCell]] = {
+    "lru": LRUCell,
+    "retention": RetentionCell,
+    "rwkv": RWKVCell,
+    "mamba": MambaCell,
+    "elstm": ELSTMCell,
+}
+"""Diagonal cells by the name they have on the command line."""
+
+CELLS = (*SLOT_CELLS, *DIAGONAL_CELLS)
+"""Names of all cells."""
 
 # Half of the 32 bits that PyTorch's CPU generator takes of a seed: no run is scored on the stream it trained on.
 _EVALUATION_SEED = 1 << 31
@@ -51,7 +72,8 @@ class RunConfig:
         method: one of :data:`METHODS`.
         cell: one of :data:`CELLS`; ignored by the methods that bring their own network.
         slot_size: numbers per slot ``D``.
-        num_slots: slots ``S``; plain networks get the same state size ``S * D``.
+        num_slots: slots ``S``; plain networks and diagonal cells get as many units as ``S * D``, see
+            :func:`build_cell`.
         num_experts: experts ``E``.
         top_k: experts active in a step.
         read_slots: slots read in a step.
@@ -145,6 +167,27 @@ def build_stream(config: RunConfig) -> Iterable[Batch]:
     return Curriculum(task, start, config.length, updates, config.curriculum_shape)
 
 
+def build_cell(config: RunConfig, task: Task) -> SlotCell | DiagonalCell:
+    """The cell of a run.
+
+    A diagonal one has ``num_slots * slot_size`` units or channels, retention ``num_slots`` heads of ``slot_size``.
+    """
+    ends = {"input_size": task.input_size, "output_size": task.output_size}
+    if config.cell in SLOT_CELLS:
+        names = ("slot_size", "num_slots", "num_experts", "top_k", "read_slots", "write_slots")
+        sizes = {name: getattr(config, name) for name in names} | config.cell_options
+        return SLOT_CELLS[config.cell](**ends, **sizes)
+    units = config.num_slots * config.slot_size
+    sizes = {
+        "lru": {"hidden_size": units},
+        "elstm": {"hidden_size": units},
+        "rwkv": {"channels": units},
+        "mamba": {"channels": units},
+        "retention": {"num_heads": config.num_slots, "head_size": config.slot_size},
+    }[config.cell] | config.cell_options
+    return DIAGONAL_CELLS[config.cell](**ends, **sizes)
+
+
 def build_method(config: RunConfig) -> GradientMethod:
     """The model of a run, freshly initialised from its seed, and the way to its gradient."""
     torch.manual_seed(config.seed)
@@ -152,14 +195,14 @@ def build_method(config: RunConfig) -> GradientMethod:
     if config.method in ("gru-bptt", "rnn-bptt"):
         hidden_size = config.num_slots * config.slot_size
         return BPTT(RecurrentNetwork(config.method[:3], task.input_size, hidden_size, task.output_size))
-    sizes = {name: getattr(config, name) for name in ("slot_size", "num_slots", "num_experts", "top_k")}
-    sizes |= {"read_slots": config.read_slots, "write_slots": config.write_slots} | config.cell_options
-    cell = CELLS[config.cell](input_size=task.input_size, output_size=task.output_size, **sizes)
+    cell = build_cell(config, task)
     if config.method == "bptt":
         return BPTT(cell)
     if config.method == "tbptt":
         return TBPTT(cell, config.segment)
     if config.method == "jacrev":
+        if not isinstance(cell, SlotCell):
+            raise ValueError(f"method jacrev is for the cells {', '.join(SLOT_CELLS)}, got cell {config.cell}")
         return DenseJacobianRTRL(cell)
     return SparseRTRL(cell, config.batch_size, config.segment, config.buffer, config.commit_every, config.catch_up)
 

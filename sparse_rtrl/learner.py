@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
+from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
@@ -16,11 +18,14 @@ from sparse_rtrl.estimate import choose_commit_every
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 
+if TYPE_CHECKING:
+    from sparse_rtrl.diagonal_engine import DiagonalEngine
 
-class _Entry:
+
+class SegmentEntry:
     """The entry of a segment: receives ``dL/dh_entry`` in the backward pass and answers with gradients."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | DiagonalEngine) -> None:
         self.engine = engine
         self.step = engine.steps
         self.used = False
@@ -32,7 +37,8 @@ class _Entry:
         self.position = len(self.engine.influence.window)
         self.window_key = self.engine.influence.window_key
 
-    def gradients(self, u: Tensor) -> list[Tensor]:
+    def gradients(self, u: Tensor) -> Sequence[Tensor | None]:
+        """Gradients through the past, one per tensor given to :class:`EnterSegment`, for ``u = dL/dh_entry``."""
         if self.used:
             raise RuntimeError(
                 "backward was called twice for the same output of the learner; add the losses up and call it once"
@@ -43,7 +49,7 @@ class _Entry:
                 "backward came too late: the influence has moved past this step. Call backward before the next step or"
                 " reset, take several steps as one segment with unroll, or raise commit_every"
             )
-        gradients = self.engine.groups.split(*influence.loss_gradient(self.position, u.flatten(1), self.step))
+        gradients = self.engine.past_gradients(self.position, u, self.step)
         self.used = True
         return gradients
 
@@ -58,7 +64,8 @@ class RTRL:
     into the optimizer's step, adds them.
 
     Args:
-        cell: the cell to train.
+        cell: the cell to train: a :class:`~sparse_rtrl.SlotCell`, or a :class:`~sparse_rtrl.DiagonalCell`, which gives
+            a :class:`~sparse_rtrl.diagonal_learner.DiagonalRTRL`.
         batch_size: streams ``B``.
         buffer: segments kept for sleeping experts; one that sleeps longer is brought up to date before its Jacobians
             leave the buffer. ``"auto"`` lets the planner choose at the first step.
@@ -74,9 +81,17 @@ class RTRL:
         BackendError: if the backend is not there, with the remedy.
     """
 
+    def __new__(cls, cell: nn.Module, *args: Any, **kwargs: Any) -> RTRL:
+        """A learner of the kind that the cell needs."""
+        if isinstance(cell, DiagonalCell) and cls is RTRL:
+            from sparse_rtrl.diagonal_learner import DiagonalRTRL
+
+            return super().__new__(DiagonalRTRL)
+        return super().__new__(cls)
+
     def __init__(
         self,
-        cell: SlotCell,
+        cell: SlotCell | DiagonalCell,
         batch_size: int,
         buffer: int | Literal["auto"] = "auto",
         commit_every: int | Literal["auto"] = "auto",
@@ -85,9 +100,9 @@ class RTRL:
     ) -> None:
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
-        self._engine = Engine(cell, batch_size, buffer, catch_up, backend)
+        self._engine = Engine(cell, batch_size, buffer, catch_up, backend)  # type: ignore[arg-type]
         self.commit_every: int | Literal["auto"] = commit_every
-        self._state = cell.initial_state(batch_size).detach()
+        self._state = self.cell.initial_state(batch_size).detach()
 
     @property
     def cell(self) -> SlotCell:
@@ -143,7 +158,7 @@ class RTRL:
 
     def _run(self, xs: Tensor) -> list[Tensor]:
         engine = self._engine
-        self._check_input(xs)
+        check_learning_input(xs, engine)
         with parametrize.cached():
             tensors = engine.checked_tensors()
             if self.commit_every == "auto":
@@ -151,7 +166,7 @@ class RTRL:
                     routing = engine.cell.route(xs[0], self._state)
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing)
             engine.influence.commit_every = self.commit_every
-            entry = _Entry(engine)
+            entry = SegmentEntry(engine)
             state = EnterSegment.apply(entry, self._state, *tensors)
             outputs, entered, routings = [], [], []
             for number, x in enumerate(xs, engine.steps):
@@ -175,25 +190,6 @@ class RTRL:
         engine.steps += len(steps)
         self._state = state.detach()
         return outputs
-
-    def _check_input(self, xs: Tensor) -> None:
-        engine = self._engine
-        if not isinstance(xs, Tensor) or xs.dim() < 2:
-            raise ValueError(f"x must be a tensor (B, ...), got {_kind(xs[0] if isinstance(xs, Tensor) else xs)}")
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "a learning step needs gradients, but they are disabled (no_grad or inference_mode): use"
-                " learner.evaluate() to run the cell without learning"
-            )
-        if xs.shape[1] != engine.batch_size:
-            raise ValueError(f"x must have batch size {engine.batch_size}, got shape {tuple(xs.shape[1:])}")
-        if xs.requires_grad:
-            raise ValueError(
-                "x must not require a gradient: parameters before the cell would influence later states without being"
-                " carried. Make them part of the cell, or detach x"
-            )
-        if xs.device != engine.device:
-            raise ValueError(f"x must be on {engine.device}, where the learner was built, got {xs.device}")
 
     def _check_update(self, h_write_new: Tensor, output: Tensor, routing: Routing) -> None:
         expected = (self.batch_size, routing.write.shape[1], self.cell.slot_size)
@@ -271,6 +267,31 @@ class RTRL:
         self._state = state["state"].to(self._engine.device, self._engine.dtype).clone()
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
+
+
+def check_learning_input(xs: Tensor, engine: Engine | DiagonalEngine) -> None:
+    """Refuse inputs ``(n, B, ...)`` and modes that a learning step cannot run with.
+
+    Raises:
+        RuntimeError: under ``no_grad``.
+        ValueError: on anything else.
+    """
+    if not isinstance(xs, Tensor) or xs.dim() < 2:
+        raise ValueError(f"x must be a tensor (B, ...), got {_kind(xs[0] if isinstance(xs, Tensor) else xs)}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a learning step needs gradients, but they are disabled (no_grad or inference_mode): use"
+            " learner.evaluate() to run the cell without learning"
+        )
+    if xs.shape[1] != engine.batch_size:
+        raise ValueError(f"x must have batch size {engine.batch_size}, got shape {tuple(xs.shape[1:])}")
+    if xs.requires_grad:
+        raise ValueError(
+            "x must not require a gradient: parameters before the cell would influence later states without being"
+            " carried. Make them part of the cell, or detach x"
+        )
+    if xs.device != engine.device:
+        raise ValueError(f"x must be on {engine.device}, where the learner was built, got {xs.device}")
 
 
 class Evaluation:

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.slot_cell import SlotCell
 from sparse_rtrl.tasks import IGNORE, Batch, Task
 
 
 class RecurrentModel(Protocol):
-    """A :class:`~sparse_rtrl.SlotCell`, called once per step, or a module that takes a whole chunk of steps."""
+    """A slot cell, called once per step, a diagonal cell, or a module that takes a whole chunk of steps."""
 
-    def initial_state(self, batch_size: int) -> Tensor:
-        """State that streams start from."""
+    def initial_state(self, batch_size: int) -> Any:
+        """State that streams start from: a tensor, or a tuple of them."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained."""
@@ -31,7 +32,7 @@ class RecurrentModel(Protocol):
         """Run a step or a chunk."""
 
 
-def unroll(model: RecurrentModel, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def unroll(model: RecurrentModel, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Run a recurrent model over a chunk of steps with plain autograd.
 
     Args:
@@ -42,6 +43,8 @@ def unroll(model: RecurrentModel, x: Tensor, state: Tensor) -> tuple[Tensor, Ten
     Returns:
         Outputs ``(n, B, output_size)`` and the state after the last step.
     """
+    if isinstance(model, DiagonalCell):
+        return model.unroll(x, state)
     if not isinstance(model, SlotCell):
         outputs, state = model(x, state)
         return outputs, state
@@ -163,7 +166,7 @@ class SparseRTRL(GradientMethod):
 
     def __init__(
         self,
-        cell: SlotCell,
+        cell: SlotCell | DiagonalCell,
         batch_size: int,
         segment: int = 8,
         buffer: int = 64,
