@@ -111,29 +111,28 @@ class DiagonalInfluence:
         decays = decays.reshape(steps, batch, *decays.shape[1:])
         deltas = [None if d is None else d.reshape(decays.shape) for d in by_value]
         decay, deltas = _to_the_end(decays, deltas)
-        inputs: dict[object, Tensor] = {}
-        zs = [
-            None if matrix is None else self._inputs(projection, matrix, steps, batch, inputs)
-            for projection, matrix in zip(projections, self.matrices, strict=True)
-        ]
-        return DiagonalSegment(steps, decay, deltas, zs)
+        return DiagonalSegment(steps, decay, deltas, self._inputs(projections, steps, batch))
 
-    def _inputs(
-        self, projection: Projection, matrix: Tensor, steps: int, batch: int, known: dict[object, Tensor]
-    ) -> Tensor:
-        """What multiplies a projection's weight and bias, ``(B, n, J)``; equal ones are made once."""
-        mapped = isinstance(projection, Mapped)
-        key = (id(projection.x), projection.bias is None) if mapped else None
-        if key not in known:
+    def _inputs(self, projections: tuple[Projection, ...], steps: int, batch: int) -> list[Tensor | None]:
+        """What multiplies each projection's weight and bias, ``(B, n, J)``; those of one input are made once."""
+        known: dict[tuple[int, bool], Tensor] = {}
+        out: list[Tensor | None] = []
+        for projection, matrix in zip(projections, self.matrices, strict=True):
+            if matrix is None:
+                out.append(None)
+                continue
             dtype = matrix.dtype.to_real() if matrix.is_complex() else matrix.dtype
-            if not mapped:
-                known[key] = matrix.new_ones(batch, steps, 1, dtype=dtype)
-            else:
+            if not isinstance(projection, Mapped):
+                out.append(matrix.new_ones(batch, steps, 1, dtype=dtype))
+                continue
+            key = id(projection.x), projection.bias is None
+            if key not in known:
                 x = projection.x.detach().to(dtype)
                 if projection.bias is not None:
                     x = torch.cat((x, x.new_ones(x.shape[0], 1)), dim=1)
                 known[key] = x.reshape(steps, batch, -1).transpose(0, 1).contiguous()
-        return known[key]
+            out.append(known[key])
+        return out
 
     def _check_layouts(self, decays: Tensor, by_value: list[Tensor | None]) -> None:
         errors = []

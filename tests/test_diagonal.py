@@ -97,7 +97,7 @@ class Eigenvalue(LRUCell):
 
     def __init__(self, eigenvalue, gamma, B, C, D):
         super().__init__(1, 1, 1)
-        del self.nu, self.theta, self.gamma, self.B_real, self.B_imag
+        del self.nu, self.theta, self.gamma, self.B
         self.eigenvalue, self.gain, self.B = (
             torch.nn.Parameter(torch.tensor(value, dtype=dtype))
             for value, dtype in (
@@ -307,6 +307,8 @@ def test_autocast_and_float32_are_as_close_as_backpropagation():
         single = copy.deepcopy(cell).float()
         found = online(RTRL(single, 2), x.float(), c.float(), [1, 4])
         assert worst_error(found, expected) <= 2 * worst_error(bptt(single, x.float(), c.float()), expected) + 1e-6
+        if name not in ("elstm", "mamba"):
+            continue
         with torch.autocast("cpu"):
             found = online(RTRL(single, 2), x.float(), c.float(), [1])
             rounded = bptt(single, x.float(), c.float())
