@@ -99,7 +99,7 @@ class DiagonalInfluence:
             NonFiniteError: if a derivative holds NaN or infinity.
             ContractError: if a derivative varies where :func:`find_layouts` saw that it does not.
         """
-        steps, batch = len(states) - 1, len(states[0])
+        steps, batch = len(states) - 1, states[0].shape[0]
         before = states[0] if steps == 1 else torch.cat(states[:-1])
         decays, by_value = derivatives(cell, before.detach(), projections, self.kept)
         totals = [decays.sum(), *(d.sum() for d in by_value if d is not None)]
@@ -108,23 +108,31 @@ class DiagonalInfluence:
             values |= {f"the derivative by value {i} of project": d for i, d in enumerate(by_value) if d is not None}
             check_finite(number, {name: v.unflatten(0, (steps, batch)).transpose(0, 1) for name, v in values.items()})
         self._check_layouts(decays, by_value)
-        decays = decays.unflatten(0, (steps, batch))
-        deltas = [None if d is None else d.unflatten(0, (steps, batch)) for d in by_value]
+        decays = decays.reshape(steps, batch, *decays.shape[1:])
+        deltas = [None if d is None else d.reshape(decays.shape) for d in by_value]
         decay, deltas = _to_the_end(decays, deltas)
-        zs = [self._inputs(projection, i, steps, batch) for i, projection in enumerate(projections)]
-        return DiagonalSegment(steps, decay, deltas, zs)
+        return DiagonalSegment(steps, decay, deltas, self._inputs(projections, steps, batch))
 
-    def _inputs(self, projection: Projection, number: int, steps: int, batch: int) -> Tensor | None:
-        """What multiplies a projection's weight and bias, ``(B, n, J)``."""
-        matrix = self.matrices[number]
-        if matrix is None:
-            return None
-        if not isinstance(projection, Mapped):
-            return matrix.new_ones(batch, steps, 1, dtype=_real(matrix).dtype)
-        x = projection.x.detach().to(_real(matrix).dtype)
-        if projection.bias is not None:
-            x = torch.cat((x, x.new_ones(len(x), 1)), dim=1)
-        return x.unflatten(0, (steps, batch)).transpose(0, 1).contiguous()
+    def _inputs(self, projections: tuple[Projection, ...], steps: int, batch: int) -> list[Tensor | None]:
+        """What multiplies each projection's weight and bias, ``(B, n, J)``; those of one input are made once."""
+        known: dict[tuple[int, bool], Tensor] = {}
+        out: list[Tensor | None] = []
+        for projection, matrix in zip(projections, self.matrices, strict=True):
+            if matrix is None:
+                out.append(None)
+                continue
+            dtype = matrix.dtype.to_real() if matrix.is_complex() else matrix.dtype
+            if not isinstance(projection, Mapped):
+                out.append(matrix.new_ones(batch, steps, 1, dtype=dtype))
+                continue
+            key = id(projection.x), projection.bias is None
+            if key not in known:
+                x = projection.x.detach().to(dtype)
+                if projection.bias is not None:
+                    x = torch.cat((x, x.new_ones(x.shape[0], 1)), dim=1)
+                known[key] = x.reshape(steps, batch, -1).transpose(0, 1).contiguous()
+            out.append(known[key])
+        return out
 
     def _check_layouts(self, decays: Tensor, by_value: list[Tensor | None]) -> None:
         errors = []
@@ -304,21 +312,15 @@ class DiagonalInfluence:
         return len(over), float(norms.max())
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return tensor.real if tensor.is_complex() else tensor
-
-
 def _products(decays: Tensor) -> tuple[Tensor, Tensor]:
     """Product of ``decays (n, ...)``, and for each the product of those after it."""
-    ends = torch.ones_like(decays)
-    for step in range(len(decays) - 2, -1, -1):
-        torch.mul(decays[step + 1], ends[step + 1], out=ends[step])
-    return decays[0] * ends[0], ends
+    products = decays.flip(0).cumprod(0).flip(0)
+    return products[0], torch.cat((products[1:], torch.ones_like(products[:1])))
 
 
 def _to_the_end(decays: Tensor, deltas: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
     """Take derivatives of each step's state to the last one's: ``δ_t <- a_n ... a_{t+1} δ_t``."""
-    if len(decays) == 1:
+    if decays.shape[0] == 1:
         return decays[0], deltas
     decay, ends = _products(decays)
     return decay, [None if delta is None else delta * ends for delta in deltas]

@@ -105,7 +105,7 @@ class Layout:
     def query(self, entries: Tensor) -> Tensor:
         """Cotangents of entries ``(B, *state_shape)`` as ``(B, summed, kept, queried)``, ignored axes added up."""
         if self.plain:
-            return entries.reshape(len(entries), 1, -1, 1)
+            return entries.reshape(entries.shape[0], 1, -1, 1)
         entries = self.windowed(entries)
         ignored = [
             1 + a for a in range(len(self.shape)) if not (a in self.summed or a in self.kept or a in self.queried)
@@ -113,7 +113,7 @@ class Layout:
         if ignored:
             entries = entries.sum(ignored, keepdim=True)
         order = [1 + a for a in (*self.summed, *self.kept, *self.queried, *(a - 1 for a in ignored))]
-        return entries.permute(0, *order).reshape(len(entries), *self.rows)
+        return entries.permute(0, *order).reshape(entries.shape[0], *self.rows)
 
     def unquery(self, gradient: Tensor) -> Tensor:
         """Gradient ``(kept, queried, J)`` of the rows of a weight as ``(M, J)``, in the order of the value."""

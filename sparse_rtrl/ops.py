@@ -171,7 +171,7 @@ compiled_problem = _load_compiled("_cpu")
 cuda_problem = _load_compiled("_cuda")
 """Why the compiled CUDA operations are missing; empty if they are there."""
 
-triton_backend.register(_library, ("influence_update_", "loss_row_", "catch_up_", "catch_up_update_"))
+triton_backend.register(_library, tuple(triton_backend.SCHEMAS))
 
 influence_update_ = torch.ops.sparse_rtrl.influence_update_
 loss_row_ = torch.ops.sparse_rtrl.loss_row_
@@ -199,7 +199,8 @@ def select(
         backend: ``"auto"`` takes what is built for the device and dtype, else the reference; ``"reference"`` is plain
             PyTorch; ``"cpp"`` is the compiled CPU operations; ``"cuda"`` the compiled CUDA operations: those of the
             tree and ``catch_up_``, while all others run as with ``"auto"``; ``"triton"`` the Triton kernels:
-            ``influence_update_``, ``loss_row_`` and ``catch_up_``, while all others run as with ``"auto"``.
+            ``influence_update_``, ``loss_row_``, ``catch_up_`` and those of diagonal recurrences, while all others run
+            as with ``"auto"``.
         device: of the tensors.
         dtype: of the influence, of a complex one its real dtype.
         precision: of the products of ``"triton"``; every other backend computes in the dtype itself.

@@ -44,6 +44,13 @@ def test_gradient_is_that_of_bptt(name, segments, commit_every):
 
 
 @pytest.mark.parametrize("name", CELLS)
+def test_the_reference_backend_gives_the_same(name):
+    cell, x, c = make_cell(name), inputs(9, 3), cotangents(9, 3)
+    expected = bptt(cell, x, c)
+    assert worst_error(online(RTRL(cell, 3, backend="reference"), x, c, [1, 2]), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("name", CELLS)
 def test_wrong_variants_are_seen(name, monkeypatch):
     cell, x, c = make_cell(name), inputs(19, 3), cotangents(19, 3)
     expected = bptt(cell, x, c, RESETS)
@@ -90,7 +97,7 @@ class Eigenvalue(LRUCell):
 
     def __init__(self, eigenvalue, gamma, B, C, D):
         super().__init__(1, 1, 1)
-        del self.nu, self.theta, self.gamma, self.B_real, self.B_imag
+        del self.nu, self.theta, self.gamma, self.B
         self.eigenvalue, self.gain, self.B = (
             torch.nn.Parameter(torch.tensor(value, dtype=dtype))
             for value, dtype in (
@@ -245,12 +252,12 @@ class Custom(DiagonalCell):
 @pytest.mark.parametrize(
     ("step", "project", "state_shape", "rows"),
     [
-        # A decay that is given with the input.
+        # A decay that is given with the input, the same for all entries, which then share one row.
         (
             lambda self, h, a, y: a * h + y,
             lambda self, x: (Given(torch.sigmoid(x[:, :1])), Mapped(x, self.linear.weight, (4,), self.linear.bias)),
             (4,),
-            [None, (1, 4, 1)],
+            [None, (1, 1, 4)],
         ),
         # One value for the whole state: a row for each entry where they decay differently, one where they do not.
         (
@@ -300,9 +307,12 @@ def test_autocast_and_float32_are_as_close_as_backpropagation():
         single = copy.deepcopy(cell).float()
         found = online(RTRL(single, 2), x.float(), c.float(), [1, 4])
         assert worst_error(found, expected) <= 2 * worst_error(bptt(single, x.float(), c.float()), expected) + 1e-6
+        if name not in ("elstm", "mamba"):
+            continue
         with torch.autocast("cpu"):
             found = online(RTRL(single, 2), x.float(), c.float(), [1])
-        assert 1e-6 < worst_error(found, expected) < 0.1
+            rounded = bptt(single, x.float(), c.float())
+        assert worst_error(found, expected) <= 2 * worst_error(rounded, expected) + 1e-6
 
 
 @pytest.mark.parametrize(

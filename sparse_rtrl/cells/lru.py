@@ -72,8 +72,8 @@ class LRUCell(DiagonalCell):
         self.nu = nn.Parameter(torch.log(-0.5 * torch.log(radius_squared)))
         self.theta = nn.Parameter(torch.log(phase))
         self.gamma = nn.Parameter(0.5 * torch.log1p(-radius_squared))
-        self.B_real = nn.Parameter(torch.randn(hidden_size, input_size) / math.sqrt(2 * input_size))
-        self.B_imag = nn.Parameter(torch.randn(hidden_size, input_size) / math.sqrt(2 * input_size))
+        # Real and imaginary parts side by side, so that the complex weight is a view.
+        self.B = nn.Parameter(torch.randn(hidden_size, input_size, 2) / math.sqrt(2 * input_size))
         self.readout = LRUReadout(input_size, hidden_size, output_size)
 
     def eigenvalues(self) -> Tensor:
@@ -82,7 +82,7 @@ class LRUCell(DiagonalCell):
 
     def project(self, x: Tensor) -> tuple[Projection, ...]:
         """``λ``, ``γ`` and ``B x``."""
-        B = torch.complex(self.B_real, self.B_imag)
+        B = torch.view_as_complex(self.B)
         # A complex gamma saves the second backward pass that a real value in a complex state needs.
         gamma = torch.exp(self.gamma).to(B.dtype)
         return Learned(self.eigenvalues()), Learned(gamma), Mapped(x, B, self.state_shape)

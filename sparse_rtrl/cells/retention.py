@@ -85,18 +85,19 @@ class RetentionCell(DiagonalCell):
         self.readout = RetentionReadout(input_size, num_heads, head_size, head_size, output_size)
 
     def project(self, x: Tensor) -> tuple[Projection, ...]:
-        """``γ``, ``k`` and ``v``."""
+        """``γ``, ``k`` without its scale, and ``v``."""
         heads, size, _ = self.state_shape
         return (
             Learned(self.decay.view(heads, 1, 1)),
-            Mapped(x, self.key.weight * size**-0.5, (heads, size, 1)),
+            Mapped(x, self.key.weight, (heads, size, 1)),
             Mapped(x, self.value.weight, (heads, 1, size)),
         )
 
     def step(self, h: Tensor, *values: Tensor) -> Tensor:
         """``γ S + k v^T``."""
         decay, key, value = values
-        return torch.addcmul(key * value, decay, h)
+        scale = self.state_shape[1] ** -0.5  # of the keys; here it costs less than on their weight
+        return torch.addcmul(key * (scale * value), decay, h)
 
     def output(self, x: Tensor, before: Tensor, h: Tensor, *values: Tensor) -> Tensor:
         """``W (swish(G x) ⊙ GroupNorm(q S))``."""
