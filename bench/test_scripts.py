@@ -5,7 +5,12 @@ import math
 
 import byte_stream
 import carry
+import haystack_long
 import truncation_bias
+
+from sparse_rtrl import SlotMoECell
+from sparse_rtrl.streams import TaskStream
+from sparse_rtrl.tasks import Haystack
 
 
 def test_carry_against_the_textbook():
@@ -38,3 +43,32 @@ def test_byte_stream(tmp_path):
     assert run["bits_per_byte_by_tenth"][-1] == run["curve"][-1][1]
     assert byte_stream.main(arguments) == [run]  # nothing is done twice
     assert (tmp_path / "plot.png").exists() and (tmp_path / "out.json").exists()
+
+
+def test_haystack_long(tmp_path):
+    arguments = ["--methods", "tbptt", "--seeds", "1", "--length", "20", "--updates", "3", "--curriculum-updates", "2"]
+    arguments += ["--evaluate-at", "30", "--sequences", "10", "--long-length", "1203", "--long-sequences", "9"]
+    arguments += ["--no-compile", "--runs", str(tmp_path)]
+    (run,) = haystack_long.main(arguments)
+    assert run["accuracy"]["30"]["sequences"] == 10 and run["long"]["sequences"] == 9
+    assert 0 <= run["long"]["correct"] <= 9
+    assert haystack_long.main(arguments) == [run]
+
+
+def test_a_long_scoring_goes_on_where_it_was(tmp_path):
+    cell = SlotMoECell(
+        input_size=8, slot_size=4, num_slots=2, num_experts=2, top_k=1, read_slots=1, write_slots=1, output_size=4
+    )
+    state, saved = cell.initial_state(50), []
+
+    def stream():
+        return TaskStream(Haystack(60, 50, seed=5), 11)
+
+    one = stream()
+    plain = haystack_long.chunk_of(cell, False)
+    whole = haystack_long.score(cell, one, plain, state, lambda h: saved.append((h, one.state_dict())), 0.0)
+    assert len(saved) == 5 and whole.asked == 50
+    for entered, position in saved:
+        other = stream()
+        other.load_state_dict(position)
+        assert haystack_long.score(cell, other, plain, entered) == whole
