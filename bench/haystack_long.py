@@ -130,7 +130,8 @@ def score_long(folder: Path, options: argparse.Namespace) -> dict:
 
     chunk, plain = (chunk_of(trained_cell(folder)[0], compiled) for compiled in (options.compile, False))
     initial = cell.initial_state(batch)
-    answers = [score(cell, stream_of(1000, EVALUATION_SEED - 1), steps, initial) for steps in (chunk, plain)]
+    check = min(1000, options.long_length)
+    answers = [score(cell, stream_of(check, EVALUATION_SEED - 1), steps, initial) for steps in (chunk, plain)]
     if abs(answers[0].correct - answers[1].correct) > 0.005 * batch:
         raise RuntimeError(f"compiled steps and the cell must answer alike, got {answers} of {batch}")
     stream, state, seconds = stream_of(options.long_length, EVALUATION_SEED + config.seed), initial, 0.0
@@ -147,8 +148,8 @@ def score_long(folder: Path, options: argparse.Namespace) -> dict:
     tally = score(cell, stream, chunk, state, save)
     accuracy = Accuracy(tally.correct, tally.asked, batch)
     found = {"length": options.long_length, "correct": tally.correct, "sequences": batch, "value": accuracy.value}
-    found |= {"interval": accuracy.interval, "seconds": time.perf_counter() - began}
-    found |= {"correct_at_1000_compiled_and_plain": [a.correct for a in answers]}
+    found |= {"interval": list(accuracy.interval), "seconds": time.perf_counter() - began}
+    found |= {f"correct_at_{check}_compiled_and_plain": [a.correct for a in answers]}
     result.write_text(json.dumps(found) + "\n")
     kept.unlink(missing_ok=True)
     return found

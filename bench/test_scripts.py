@@ -47,7 +47,7 @@ def test_byte_stream(tmp_path):
 
 def test_haystack_long(tmp_path):
     arguments = ["--methods", "tbptt", "--seeds", "1", "--length", "20", "--updates", "3", "--curriculum-updates", "2"]
-    arguments += ["--evaluate-at", "30", "--sequences", "10", "--long-length", "1203", "--long-sequences", "9"]
+    arguments += ["--evaluate-at", "30", "--sequences", "10", "--long-length", "203", "--long-sequences", "9"]
     arguments += ["--no-compile", "--runs", str(tmp_path)]
     (run,) = haystack_long.main(arguments)
     assert run["accuracy"]["30"]["sequences"] == 10 and run["long"]["sequences"] == 9
