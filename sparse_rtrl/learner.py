@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -88,7 +89,8 @@ class RTRL:
         self._engine = Engine(cell, batch_size, buffer, catch_up, backend)
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = cell.initial_state(batch_size).detach()
-        self._entry_state: Tensor | None = None
+        self._last: tuple[_Entry, Tensor, list[Tensor]] | None = None
+        """Entry of the last segment, the state that entered it, and the recurrent tensors that it used."""
         self._routings: list[Routing] = []
 
     @property
@@ -108,7 +110,7 @@ class RTRL:
 
     @property
     def entry_state(self) -> Tensor:
-        """State that entered the last segment, ``(B, S, D)``, in its graph.
+        """State that entered the last segment, ``(B, S, D)``, from which a backward pass reaches the past.
 
         A loss may depend on it beside the outputs: its gradient goes through the whole past. Add it to the loss of the
         outputs before their one backward pass.
@@ -116,9 +118,12 @@ class RTRL:
         Raises:
             RuntimeError: before the first step.
         """
-        if self._entry_state is None:
+        if self._last is None:
             raise RuntimeError("entry_state is there after a step, but the learner has not taken one")
-        return self._entry_state
+        entry, state, tensors = self._last
+        entry = copy.copy(entry)  # it answers one gradient; those of several add up
+        entry.used = False
+        return EnterSegment.apply(entry, state, *tensors)
 
     @property
     def events(self) -> dict[str, int]:
@@ -169,7 +174,6 @@ class RTRL:
             engine.influence.commit_every = self.commit_every
             entry = _Entry(engine)
             state = EnterSegment.apply(entry, self._state, *tensors)
-            self._entry_state = state
             outputs, entered, routings = [], [], []
             for number, x in enumerate(xs, engine.steps):
                 with torch.no_grad():
@@ -188,6 +192,7 @@ class RTRL:
         if len(engine.influence.window) >= self.commit_every:
             engine.influence.commit()
         entry.settle()
+        self._last = (entry, self._state, tensors)
         engine.influence.record(steps)
         engine.steps += len(steps)
         self._state = state.detach()
