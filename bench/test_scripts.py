@@ -7,9 +7,14 @@ import byte_stream
 import carry
 import compare
 import compare_methods
+import haystack_long
 import pytest
 import stack_approximation
 import truncation_bias
+
+from sparse_rtrl import SlotMoECell
+from sparse_rtrl.streams import TaskStream
+from sparse_rtrl.tasks import Haystack
 
 
 def test_carry_against_the_textbook():
@@ -91,3 +96,32 @@ def test_break_even_length():
     ]
     assert compare.break_even(rows, "rtrl-64", "bptt", "peak_bytes") == pytest.approx(512)
     assert compare.break_even(rows[:5], "rtrl-64", "bptt", "peak_bytes") is None
+
+
+def test_haystack_long(tmp_path):
+    arguments = ["--methods", "tbptt", "--seeds", "1", "--length", "20", "--updates", "3", "--curriculum-updates", "2"]
+    arguments += ["--evaluate-at", "30", "--sequences", "10", "--long-length", "203", "--long-sequences", "9"]
+    arguments += ["--no-compile", "--runs", str(tmp_path)]
+    (run,) = haystack_long.main(arguments)
+    assert run["accuracy"]["30"]["sequences"] == 10 and run["long"]["sequences"] == 9
+    assert 0 <= run["long"]["correct"] <= 9
+    assert haystack_long.main(arguments) == [run]
+
+
+def test_a_long_scoring_goes_on_where_it_was(tmp_path):
+    cell = SlotMoECell(
+        input_size=8, slot_size=4, num_slots=2, num_experts=2, top_k=1, read_slots=1, write_slots=1, output_size=4
+    )
+    state, saved = cell.initial_state(50), []
+
+    def stream():
+        return TaskStream(Haystack(60, 50, seed=5), 11)
+
+    one = stream()
+    plain = haystack_long.chunk_of(cell, False)
+    whole = haystack_long.score(cell, one, plain, state, lambda h: saved.append((h, one.state_dict())), 0.0)
+    assert len(saved) == 5 and whole.asked == 50
+    for entered, position in saved:
+        other = stream()
+        other.load_state_dict(position)
+        assert haystack_long.score(cell, other, plain, entered) == whole

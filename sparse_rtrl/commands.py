@@ -58,13 +58,12 @@ class _Bars:
 
     def update(self, label: str, event: dict[str, Any]) -> None:
         """Advance a bar; called from several threads, one per label."""
-        recent = self._recent[label]
-        recent.append(event["accuracy"])
+        recent = self._recent[label] = [*self._recent[label][-19:], event["accuracy"]]
         self._progress.update(
             self._bars[label],
             completed=event["update"],
             length=event["length"],
-            accuracy=f"{plots.rolling_mean(recent[-20:], 20)[-1]:.0%}",
+            accuracy=f"{plots.rolling_mean(recent, 20)[-1]:.0%}",
             rate=f"{event['tokens'] / max(event['seconds'], 1e-9):,.0f}",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -116,7 +117,8 @@ class RTRL:
             raise ValueError(f"cuda_graph=True needs a cell on a CUDA device, got one on {self._engine.device}")
         self.commit_every: int | Literal["auto"] = commit_every
         self._state = self.cell.initial_state(batch_size).detach()
-        self._entry_state: Tensor | None = None
+        self._last: tuple[SegmentEntry, Tensor, list[Tensor]] | None = None
+        """Entry of the last segment, the state that entered it, and the recurrent tensors that it used."""
         self._routings: list[Routing] = []
         self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
 
@@ -137,7 +139,7 @@ class RTRL:
 
     @property
     def entry_state(self) -> Tensor:
-        """State that entered the last segment, ``(B, S, D)``, in its graph.
+        """State that entered the last segment, ``(B, S, D)``, from which a backward pass reaches the past.
 
         A loss may depend on it beside the outputs: its gradient goes through the whole past. Add it to the loss of the
         outputs before their one backward pass.
@@ -145,9 +147,12 @@ class RTRL:
         Raises:
             RuntimeError: before the first step.
         """
-        if self._entry_state is None:
+        if self._last is None:
             raise RuntimeError("entry_state is there after a step, but the learner has not taken one")
-        return self._entry_state
+        entry, state, tensors = self._last
+        entry = copy.copy(entry)  # it answers one gradient; those of several add up
+        entry.used = False
+        return EnterSegment.apply(entry, state, *tensors)
 
     @property
     def events(self) -> dict[str, int]:
@@ -207,9 +212,10 @@ class RTRL:
             outputs, captured, new_state = run(xs, state, tensors)
         engine.influence.make_room(captured[0])
         entry.settle()
+        self._last = (entry, self._state, tensors)
         engine.influence.record(captured)
         engine.steps += len(xs)
-        self._state, self._entry_state = new_state.detach(), state
+        self._state = new_state.detach()
         self._routings = [routing for part in captured for routing in part.routings]
         return outputs
 

@@ -1,6 +1,7 @@
 """How a learner behaves around the gradient: modes, errors, resuming, memory."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -447,6 +448,27 @@ for t in range(int(sys.argv[1])):
         sizes.append(process.memory_info().rss)
 print(*sizes)
 """
+
+
+def test_a_step_leaves_no_tensors_to_the_garbage_collector():
+    learner = RTRL(small_cell(), batch_size=2)
+
+    def step():
+        learner.unroll(torch.randn(3, 2, 4, dtype=torch.float64)).sum().backward()
+
+    step()  # checks of the first capture
+    gc.collect()
+    gc.disable()
+    try:
+        step()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        held = [tuple(left.shape) for left in gc.garbage if isinstance(left, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert held == []
 
 
 def test_memory_does_not_grow_with_the_stream():

@@ -129,6 +129,9 @@ def test_fasta_is_decoded_line_by_line(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "_PIECE", 3)  # a line longer than a piece
     pieces = fasta_corpus(tmp_path)
     assert pieces.read(0, len(corpus)).tolist() == bases and pieces.fingerprint == corpus.fingerprint
+    with pytest.raises(ValueError, match=r"bad.fa, line 3: '\?'"):
+        fasta_corpus(write(tmp_path / "bad", bad_fa=b">header\nACGTACGT\nAC?T\n") / "bad.fa")
+    (tmp_path / "bad" / "bad.fa").unlink()
     write(tmp_path, a_fa=FASTA.replace(b">empty\n>two\n", b""))
     assert fasta_corpus(tmp_path).fingerprint != corpus.fingerprint
 
