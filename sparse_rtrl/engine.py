@@ -44,10 +44,7 @@ class Engine:
         backend: ops.Backend = "auto",
     ) -> None:
         if not isinstance(cell, SlotCell):
-            raise TypeError(
-                f"cell must be a SlotCell or a DiagonalCell, got {type(cell).__name__}; for another module take"
-                " Carry(module), for a stack Carry(stack) or the approximate PerLayerApproximation(stack, batch_size)"
-            )
+            raise TypeError(f"cell must be a SlotCell, got {type(cell).__name__}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         refused = [

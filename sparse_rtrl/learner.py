@@ -95,6 +95,11 @@ class RTRL:
             from sparse_rtrl.diagonal_learner import DiagonalRTRL
 
             return super().__new__(DiagonalRTRL)
+        if not isinstance(cell, (SlotCell, DiagonalCell)):
+            raise TypeError(
+                f"cell must be a SlotCell or a DiagonalCell, got {type(cell).__name__}; for another module take"
+                " Carry(module), for a stack Carry(stack) or the approximate PerLayerApproximation(stack, batch_size)"
+            )
         return super().__new__(cls)
 
     def __init__(
