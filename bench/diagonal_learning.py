@@ -6,8 +6,8 @@ means with 95 % intervals over the seeds (Student's t), ``--picture FILE`` draws
 
 Two tasks. *copy*: 20 symbols drawn from an alphabet of 20 are repeated after a pause, 100 steps in all, so that 80
 steps lie between a symbol and its answer. *adding* (Hochreiter & Schmidhuber 1997, experiment 4; values in [0, 1] and
-the squared error of a sum as in Le et al. 2015): 1,000 pairs of a value and a mark, two of which are marked, one in each
-half; at the last step the sum of the two marked values is asked for. Always answering 1 has an error of 1/6.
+the squared error of a sum as in Le et al. 2015): 1,000 pairs of a value and a mark, two of which are marked, one in
+each half; at the last step the sum of the two marked values is asked for. Always answering 1 has an error of 1/6.
 
 An LRU is linear in its input and could not multiply a value by its mark, so the product of the two is a third input of
 the adding task, and values are shifted to a mean of zero. Retention, whose normalised output knows no scale, gets the
@@ -235,11 +235,11 @@ def train(task: str, cell: str, method: str, seed: int, updates: int | None = No
     error = training.gradient_error()
     if method.startswith("rtrl"):
         assert error < 1e-3, error
-    start, curve = time.perf_counter(), []
+    start, curve = time.process_time(), []
     for update, loss in training.run():
         curve.append((update, loss))
         print(f"{task} {cell} {method} seed {seed}: update {update}, loss {loss:.4f}", flush=True)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return {
         "task": task,
         "cell": cell,
@@ -249,7 +249,7 @@ def train(task: str, cell: str, method: str, seed: int, updates: int | None = No
         "batch_size": training.batch_size,
         "learning_rate": training.learning_rate,
         "gradient_error_against_bptt": error,
-        "seconds": seconds,
+        "cpu_seconds": seconds,
         "curve": curve,
         "score_name": training.problem.score_name,
         "score": training.score(),
@@ -286,11 +286,11 @@ def grouped(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
 
 def summarize(rows: list[dict]) -> list[str]:
     """A table of means and intervals."""
-    lines = ["task    cell       method      seeds  score                      seconds per run"]
+    lines = ["task    cell       method      seeds  score                      CPU seconds per run"]
     for (task, cell, method), group in grouped(rows).items():
         scores = [row["score"] for row in group]
         score = f"{statistics.mean(scores):.4f} ± {interval(scores):.4f} {group[0]['score_name']}"
-        took = statistics.mean(row["seconds"] for row in group)
+        took = statistics.mean(row["cpu_seconds"] for row in group)
         lines.append(f"{task:7} {cell:10} {method:11} {len(group):5}  {score}  {took:.0f}")
     return lines
 

@@ -50,7 +50,7 @@ def test_diagonal_cells(tmp_path):
 def test_diagonal_learning(tmp_path, monkeypatch):
     monkeypatch.setattr(diagonal_learning, "SCORE_BATCHES", 1)
     out = tmp_path / "rows.jsonl"
-    arguments = ["--out", str(out), "--cells", "lru", "--seeds", "1", "--updates", "2"]
+    arguments = ["--out", str(out), "--cells", "lru", "--seeds", "1", "--updates", "1"]
     diagonal_learning.main([*arguments, "--length", "42"])
     rows = diagonal_learning.load(out)
     assert len(rows) == 9
