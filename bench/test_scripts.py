@@ -8,6 +8,7 @@ import diagonal
 import diagonal_learning
 import diagonal_update
 import pytest
+import stack_approximation
 import torch
 import truncation_bias
 
@@ -64,3 +65,12 @@ def test_diagonal_learning(tmp_path, monkeypatch):
     assert out.read_text() == before
     diagonal_learning.main([*arguments, "--picture", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_stack_approximation():
+    arguments = ["--cell", "lru", "--depth", "2", "--width", "4", "--batch", "2", "--train-bytes", "200"]
+    (result,) = stack_approximation.main([*arguments, "--steps", "12", "--lengths", "1", "12"])
+    one, whole = result["rows"]
+    assert one["per_layer_cosine_last_cell"] > 0.99999 > one["per_layer_cosine_all"]
+    assert whole["per_layer_cosine_all"] > 0.99999 > one["tbptt_cosine_last_cell"]
+    assert result["per_layer_bytes"] < result["joint_bytes"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparse_rtrl.precision import full_precision
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """State entries ``(B, *state_shape)``; with the previous input ``(B, input_size)`` where a cell looks at it."""
@@ -35,7 +38,7 @@ class Mapped:
     shape: tuple[int, ...]
     bias: Tensor | None = None
 
-    @property
+    @cached_property
     def value(self) -> Tensor:
         """``W x + b``, ``(N, *shape)``."""
         x = self.x.to(self.weight.dtype) if self.weight.is_complex() else self.x
@@ -89,7 +92,7 @@ class Given:
 Projection: TypeAlias = Mapped | Learned | Given
 Observer: TypeAlias = Callable[[Tensor, list[Tensor]], None]
 
-_observers: WeakKeyDictionary[nn.Module, Observer] = WeakKeyDictionary()
+_observers: WeakKeyDictionary[nn.Module, WeakMethod[Observer]] = WeakKeyDictionary()
 
 
 class DiagonalCell(nn.Module):
@@ -207,9 +210,10 @@ class DiagonalCell(nn.Module):
     def unroll(self, xs: Tensor, state: State) -> tuple[Tensor, State]:
         """Run several steps: ``xs (n, B, input_size)`` and a state to outputs ``(n, B, ...)`` and the new state."""
         rows = self.rows(xs, state)
-        values = [projection.value for projection in self.project(rows)]
-        states = self.states(state if isinstance(state, Tensor) else state[0], values, len(xs))
-        if (observer := _observers.get(self)) is not None:
+        _, values = self.projected(rows)
+        states = self.states(state if isinstance(state, Tensor) else state[0], values, xs.shape[0])
+        observer = _observers[self]() if self in _observers else None
+        if observer is not None:
             observer(rows, states)
         return self.outputs(rows, states, values), self.next_state(xs, states)
 
@@ -224,9 +228,15 @@ class DiagonalCell(nn.Module):
             xs = torch.cat((xs, torch.cat((state[1].unsqueeze(0), xs[:-1]))), dim=-1)
         return xs.flatten(0, 1)
 
+    @full_precision
+    def projected(self, rows: Tensor) -> tuple[tuple[Projection, ...], list[Tensor]]:
+        """What :meth:`project` gives for input rows, and its values, in full precision under autocast too."""
+        projections = tuple(self.project(rows))
+        return projections, [projection.value for projection in projections]
+
     def states(self, h: Tensor, values: list[Tensor], steps: int) -> list[Tensor]:
         """The state entries before the first and after each of ``steps`` steps, from values of all their rows."""
-        batch = len(h)
+        batch = h.shape[0]
         # Values of rows have one dimension more than those that are the same in every row.
         per_step = [
             v.unflatten(0, (steps, batch)).unbind() if v.dim() > len(self.state_shape) else [v] * steps for v in values
@@ -240,7 +250,7 @@ class DiagonalCell(nn.Module):
         """Outputs ``(n, B, ...)`` of steps whose states are given, see :meth:`states`."""
         steps = len(states) - 1
         before, after = (states[0], states[1]) if steps == 1 else (torch.cat(states[:-1]), torch.cat(states[1:]))
-        return self.output(rows, before, after, *values).unflatten(0, (steps, len(states[0])))
+        return self.output(rows, before, after, *values).unflatten(0, (steps, states[0].shape[0]))
 
     def next_state(self, xs: Tensor, states: list[Tensor]) -> State:
         """The state after the steps, with the previous input where the cell looks at it."""
@@ -248,10 +258,11 @@ class DiagonalCell(nn.Module):
 
 
 def observe(cell: DiagonalCell, observer: Observer) -> None:
-    """Have ``observer(rows, states)`` called for every run of the cell, until another one takes its place.
+    """Have ``observer(rows, states)`` called for every run of the cell, as long as its owner lives.
 
     Args:
-        cell: the cell.
-        observer: takes the input rows ``(n * B, ...)`` and the state entries before the first and after each step.
+        cell: the cell; it has one observer, the last one given.
+        observer: a bound method; takes the input rows ``(n * B, ...)`` and the state entries before the first and after
+            each step.
     """
-    _observers[cell] = observer
+    _observers[cell] = WeakMethod(observer)

@@ -54,9 +54,14 @@ class DiagonalEngine:
         self.steps = 0
         like = cell.zero_rows(1)
         self.dtype, self.device = like.dtype, like.device
-        self._expected = {name: (p.shape, p.dtype, p.device) for name, p in cell.named_parameters()}
+        self._parameters = [
+            (f"{prefix}.{attribute}" if prefix else attribute, module._parameters, attribute, _kind(p))
+            for prefix, module in cell.named_modules()
+            for attribute, p in module._parameters.items()
+            if p is not None
+        ]
         self._layouts = find_layouts(cell)
-        projections = cell.project(like)
+        projections, _ = cell.projected(like)
         self._columns = [projection.columns for projection in projections]
         self._parts = [[(t.shape, t.is_complex()) for t in projection.tensors] for projection in projections]
         kept = [
@@ -104,14 +109,16 @@ class DiagonalEngine:
             NonFiniteError: if the new state or a derivative is not finite; nothing is changed then.
         """
         self._check_parameters()
-        cell, steps = self.cell, len(xs)
+        cell, steps = self.cell, xs.shape[0]
         entries, *rest = (state,) if isinstance(state, Tensor) else state
         rows = cell.rows(xs, (entries, *rest) if rest else entries)  # type: ignore[arg-type]
-        projections = cell.project(rows)
-        self._note_unfrozen(projections)
+        projections, values = cell.projected(rows)
+        for number in self.admit(projections):
+            warnings.warn(
+                f"value {number} of project: trainable from now on; its influence starts at zero", stacklevel=4
+            )
         entry = SegmentEntry(self)
         tensors = [tensor for projection in projections for tensor in projection.tensors]
-        values = [projection.value for projection in projections]
         states = cell.states(EnterSegment.apply(entry, entries, *tensors), values, steps)
         outputs = cell.outputs(rows, states, values)
         self._check_new_state(states)
@@ -136,7 +143,7 @@ class DiagonalEngine:
         like = cell.initial_entries(1)
         size = like.shape[1:].numel()
         with torch.enable_grad():
-            projections = cell.project(cell.zero_rows(1))
+            projections, _ = cell.projected(cell.zero_rows(1))
         tensors = [tensor for projection in projections for tensor in projection.tensors]
 
         def by_parameter(u: Tensor) -> list[Tensor | None]:
@@ -197,22 +204,23 @@ class DiagonalEngine:
         return out
 
     def _check_parameters(self) -> None:
-        for name, parameter in self.cell.named_parameters():
-            now = (parameter.shape, parameter.dtype, parameter.device)
-            if now != self._expected.get(name):
+        for name, owned, attribute, expected in self._parameters:
+            now = _kind(owned[attribute])
+            if now != expected:
                 raise RuntimeError(
-                    f"parameter {name} was {describe(*self._expected[name])} when the learner was built and is"
-                    f" {describe(*now)} now: build a new learner after changing a cell"
+                    f"parameter {name} was {describe(*expected)} when the learner was built and is {describe(*now)}"
+                    " now: build a new learner after changing a cell"
                 )
 
-    def _note_unfrozen(self, projections: tuple[Projection, ...]) -> None:
+    def admit(self, projections: tuple[Projection, ...]) -> list[int]:
+        """Keep the influence of projections that became trainable, starting at zero; returns their numbers."""
+        new = []
         for number, (projection, kept) in enumerate(zip(projections, self.influence.kept, strict=True)):
             layout = self._layouts[number]
             if not kept and layout is not None and any(tensor.requires_grad for tensor in projection.tensors):
-                warnings.warn(
-                    f"value {number} of project: trainable from now on; its influence starts at zero", stacklevel=4
-                )
                 self.influence.add(number, layout, self._columns[number])
+                new.append(number)
+        return new
 
     def _check_new_state(self, states: list[Tensor]) -> None:
         """Check that every new state is finite.
@@ -228,3 +236,8 @@ class DiagonalEngine:
                 raise NonFiniteError(self.steps, list(range(self.batch_size)), name)
         for number, state in enumerate(states[1:], self.steps):
             check_finite(number, {"the new state": state})
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype, torch.device]:
+    assert tensor is not None
+    return tensor.shape, tensor.dtype, tensor.device

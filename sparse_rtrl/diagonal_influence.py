@@ -99,7 +99,7 @@ class DiagonalInfluence:
             NonFiniteError: if a derivative holds NaN or infinity.
             ContractError: if a derivative varies where :func:`find_layouts` saw that it does not.
         """
-        steps, batch = len(states) - 1, len(states[0])
+        steps, batch = len(states) - 1, states[0].shape[0]
         before = states[0] if steps == 1 else torch.cat(states[:-1])
         decays, by_value = derivatives(cell, before.detach(), projections, self.kept)
         totals = [decays.sum(), *(d.sum() for d in by_value if d is not None)]
@@ -108,28 +108,37 @@ class DiagonalInfluence:
             values |= {f"the derivative by value {i} of project": d for i, d in enumerate(by_value) if d is not None}
             check_finite(number, {name: v.unflatten(0, (steps, batch)).transpose(0, 1) for name, v in values.items()})
         self._check_layouts(decays, by_value)
-        decays = decays.unflatten(0, (steps, batch))
-        deltas = [None if d is None else d.unflatten(0, (steps, batch)) for d in by_value]
+        decays = decays.reshape(steps, batch, *decays.shape[1:])
+        deltas = [None if d is None else d.reshape(decays.shape) for d in by_value]
         decay, deltas = _to_the_end(decays, deltas)
-        zs = [self._inputs(projection, i, steps, batch) for i, projection in enumerate(projections)]
+        inputs: dict[object, Tensor] = {}
+        zs = [
+            None if matrix is None else self._inputs(projection, matrix, steps, batch, inputs)
+            for projection, matrix in zip(projections, self.matrices, strict=True)
+        ]
         return DiagonalSegment(steps, decay, deltas, zs)
 
-    def _inputs(self, projection: Projection, number: int, steps: int, batch: int) -> Tensor | None:
-        """What multiplies a projection's weight and bias, ``(B, n, J)``."""
-        matrix = self.matrices[number]
-        if matrix is None:
-            return None
-        if not isinstance(projection, Mapped):
-            return matrix.new_ones(batch, steps, 1, dtype=_real(matrix).dtype)
-        x = projection.x.detach().to(_real(matrix).dtype)
-        if projection.bias is not None:
-            x = torch.cat((x, x.new_ones(len(x), 1)), dim=1)
-        return x.unflatten(0, (steps, batch)).transpose(0, 1).contiguous()
+    def _inputs(
+        self, projection: Projection, matrix: Tensor, steps: int, batch: int, known: dict[object, Tensor]
+    ) -> Tensor:
+        """What multiplies a projection's weight and bias, ``(B, n, J)``; equal ones are made once."""
+        mapped = isinstance(projection, Mapped)
+        key = (id(projection.x), projection.bias is None) if mapped else None
+        if key not in known:
+            dtype = matrix.dtype.to_real() if matrix.is_complex() else matrix.dtype
+            if not mapped:
+                known[key] = matrix.new_ones(batch, steps, 1, dtype=dtype)
+            else:
+                x = projection.x.detach().to(dtype)
+                if projection.bias is not None:
+                    x = torch.cat((x, x.new_ones(x.shape[0], 1)), dim=1)
+                known[key] = x.reshape(steps, batch, -1).transpose(0, 1).contiguous()
+        return known[key]
 
     def _check_layouts(self, decays: Tensor, by_value: list[Tensor | None]) -> None:
         errors = []
         for layout, derivative in zip(self.layouts, by_value, strict=True):
-            if layout is None or derivative is None:
+            if layout is None or derivative is None or layout.plain:
                 continue
             if layout.compressed:
                 errors += [layout.constant_error(decays), layout.constant_error(derivative)]
@@ -164,6 +173,7 @@ class DiagonalInfluence:
         if not self.window:
             return gradients
         decay, deltas, zs = self._joined()
+        decays: dict[Layout, Tensor] = {}
         for number, (layout, matrix, delta, z) in enumerate(zip(self.layouts, self.matrices, deltas, zs, strict=True)):
             if layout is None or matrix is None or delta is None or z is None:
                 continue
@@ -174,8 +184,10 @@ class DiagonalInfluence:
                     query = layout.query(u).flatten(1).contiguous()
                 else:
                     gradients[number] = self._carried(layout, matrix, u)
+            if layout not in decays:
+                decays[layout] = layout.reduce(decay).contiguous()
             rows = layout.reduce(delta).permute(1, 2, 0).contiguous()
-            self._operations.diagonal_update_(matrix, layout.reduce(decay).contiguous(), rows, z, carried, query)
+            self._operations.diagonal_update_(matrix, decays[layout], rows, z, carried, query)
             if carried is not None:
                 gradients[number] = layout.unquery(carried.unsqueeze(1))
         self.window = []
@@ -231,6 +243,7 @@ class DiagonalInfluence:
             NonFiniteError: if ``u`` is not finite.
         """
         check_finite(number, {"the gradient by the state": u})
+        u = u.resolve_conj()
         if position == 0:
             if self.is_full and len(self.window) == 1:
                 return self._commit(u)  # nothing that is still to come can need the influence as it is now
@@ -282,21 +295,15 @@ class DiagonalInfluence:
         self.window_key = object()
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return tensor.real if tensor.is_complex() else tensor
-
-
 def _products(decays: Tensor) -> tuple[Tensor, Tensor]:
     """Product of ``decays (n, ...)``, and for each the product of those after it."""
-    ends = torch.ones_like(decays)
-    for step in range(len(decays) - 2, -1, -1):
-        torch.mul(decays[step + 1], ends[step + 1], out=ends[step])
-    return decays[0] * ends[0], ends
+    products = decays.flip(0).cumprod(0).flip(0)
+    return products[0], torch.cat((products[1:], torch.ones_like(products[:1])))
 
 
 def _to_the_end(decays: Tensor, deltas: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
     """Take derivatives of each step's state to the last one's: ``δ_t <- a_n ... a_{t+1} δ_t``."""
-    if len(decays) == 1:
+    if decays.shape[0] == 1:
         return decays[0], deltas
     decay, ends = _products(decays)
     return decay, [None if delta is None else delta * ends for delta in deltas]

@@ -111,7 +111,7 @@ class PerLayerApproximation:
 
     Within a segment everything is backpropagated, through all layers. Across segments every cell carries the influence
     of its own parameters on its own state, its input taken as given, and nothing else: what a parameter does to the
-    states of the layers above it through time is left out (Irie et al. 2023, section 3.3; Zucchet et al. 2023). So the
+    states of the layers above it through time is left out (Irie et al. 2023; Zucchet et al. 2023). So the
     gradient of the uppermost layer is exact, that of everything below it is not, and that of what lies between the
     layers is truncated at the segment. Memory is about that of the parameters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,10 @@ class Layout:
     kept: tuple[int, ...] = field(init=False, compare=False)
     summed: tuple[int, ...] = field(init=False, compare=False)
     queried: tuple[int, ...] = field(init=False, compare=False)
+    rows: tuple[int, int, int] = field(init=False, compare=False)
+    """Numbers of summed, kept and queried positions."""
+    plain: bool = field(init=False, compare=False)
+    """Whether every state entry has its own value and its own row of influence."""
 
     def __post_init__(self) -> None:
         axes = range(len(self.shape))
@@ -44,15 +49,12 @@ class Layout:
             ("queried", [a for a in axes if not self.varies[a] and self.shape[a] > 1]),
         ):
             object.__setattr__(self, name, tuple(chosen))
+        rows = tuple(torch.Size(self._sizes(chosen)).numel() for chosen in (self.summed, self.kept, self.queried))
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "plain", len(self.kept) == len(self.shape))
 
     def _sizes(self, axes: tuple[int, ...]) -> list[int]:
         return [self.window[a][1] - self.window[a][0] for a in axes]
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """Numbers of summed, kept and queried positions."""
-        summed, kept, queried = (torch.Size(self._sizes(a)).numel() for a in (self.summed, self.kept, self.queried))
-        return summed, kept, queried
 
     def windowed(self, entries: Tensor) -> Tensor:
         """The part of ``(..., *state_shape)`` that the value reaches."""
@@ -63,6 +65,8 @@ class Layout:
 
     def reduce(self, entries: Tensor) -> Tensor:
         """``(..., *state_shape)`` to the rows of the influence, ``(..., R)``, summed axes outside."""
+        if self.plain:
+            return entries.flatten(entries.dim() - len(self.shape))
         entries = self.windowed(entries)
         lead = entries.dim() - len(self.shape)
         for axis, varies in enumerate(self.varies):
@@ -100,6 +104,8 @@ class Layout:
 
     def query(self, entries: Tensor) -> Tensor:
         """Cotangents of entries ``(B, *state_shape)`` as ``(B, summed, kept, queried)``, ignored axes added up."""
+        if self.plain:
+            return entries.reshape(entries.shape[0], 1, -1, 1)
         entries = self.windowed(entries)
         ignored = [
             1 + a for a in range(len(self.shape)) if not (a in self.summed or a in self.kept or a in self.queried)
@@ -107,10 +113,12 @@ class Layout:
         if ignored:
             entries = entries.sum(ignored, keepdim=True)
         order = [1 + a for a in (*self.summed, *self.kept, *self.queried, *(a - 1 for a in ignored))]
-        return entries.permute(0, *order).reshape(len(entries), *self.rows)
+        return entries.permute(0, *order).reshape(entries.shape[0], *self.rows)
 
     def unquery(self, gradient: Tensor) -> Tensor:
         """Gradient ``(kept, queried, J)`` of the rows of a weight as ``(M, J)``, in the order of the value."""
+        if self.plain:
+            return gradient.squeeze(1)
         axes = (*self.kept, *self.queried)
         sizes = self._sizes(axes)
         back = sorted(range(len(axes)), key=lambda place: axes[place])
@@ -184,6 +192,16 @@ def diagonals(new: Tensor, leaves: list[Tensor], phases: Tensor | None = None) -
     return out
 
 
+def _in_double(cell: DiagonalCell) -> DiagonalCell:
+    """A copy of a cell in double precision, complex parameters too, in which small differences are seen."""
+    cell = copy.deepcopy(cell).double()
+    for parameter in cell.parameters():
+        if parameter.is_complex():
+            parameter.data = parameter.data.to(torch.complex128)
+    return cell
+
+
+@torch.enable_grad()
 def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
     """The layout of every projection of a cell, from derivatives at random states and values; None for given ones.
 
@@ -191,6 +209,7 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
         ContractError: if state entries mix, if ``step`` uses a parameter itself or is not holomorphic, or if
             projections do not fit the state.
     """
+    cell = _in_double(cell)
     generator = torch.Generator().manual_seed(0)
     rows = 3
     like = cell.zero_rows(rows)
@@ -199,19 +218,17 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
         return torch.randn(shape, generator=generator, dtype=dtype).to(like.device)
 
     x = random(like.shape, like.dtype)
-    with torch.enable_grad():
-        projections = tuple(cell.project(x))
+    projections = tuple(cell.project(x))
     _check_projections(cell, projections, rows)
     initial = cell.initial_entries(rows)
     before = random(initial.shape, initial.dtype).requires_grad_()
     values = []
-    with torch.enable_grad():
-        for projection in projections:
-            value = projection.value.detach()
-            # Away from initial values, which may agree where later ones do not.
-            noise = torch.rand(value.shape, generator=generator, dtype=like.dtype).to(value.device)
-            values.append((value * (1 - 0.5 * noise) + 0.01 * noise).expand(before.shape).requires_grad_())
-        new = cell.step(before, *values)
+    for projection in projections:
+        value = projection.value.detach()
+        # Away from initial values, which may agree where later ones do not.
+        noise = torch.rand(value.shape, generator=generator, dtype=like.dtype).to(value.device)
+        values.append((value * (1 - 0.5 * noise) + 0.01 * noise).expand(before.shape).requires_grad_())
+    new = cell.step(before, *values)
     if not isinstance(new, Tensor) or new.shape != before.shape or new.dtype != before.dtype:
         got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
         raise ContractError([f"step must return state entries {before.dtype} {tuple(before.shape)}, got {got}"])

@@ -166,6 +166,11 @@ def estimate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(cell, DiagonalCell):
         return estimate_diagonal(cell, batch_size)
+    if not isinstance(cell, SlotCell):
+        raise TypeError(
+            f"cell must be a SlotCell or a DiagonalCell, got {type(cell).__name__}; for other modules and stacks see"
+            " Carry(module).estimate(state)"
+        )
     groups = ParameterGroups.of_cell(cell)
     reference = next(cell.parameters())
     if x is None:

@@ -44,6 +44,13 @@ def test_train_keeps_everything_in_a_run_folder(method, tmp_path):
     assert list(folder.glob("events.out.tfevents.*")) and (folder / "model.pt").exists()
 
 
+@pytest.mark.parametrize("cell", ["lru", "retention", "rwkv", "mamba", "elstm"])
+def test_diagonal_cells_train_and_pass_the_gradient_check(cell, tmp_path):
+    assert "fresh sequences" in invoke("train", "--cell", cell, *TINY, "--segment", 1, "--runs", tmp_path)
+    output = invoke("check", "--cell", cell, "--length", 5, "--slot-size", 2, "--num-slots", 2)
+    assert "gradients agree" in output
+
+
 @pytest.mark.parametrize("task", ["haystack", "copy", "anbn", "recall"])
 def test_every_task_trains(task, tmp_path):
     arguments = ["--batch-size", "2", "--updates", "2", "--eval-sequences", "4", "--slot-size", "8", "--segment", "4"]
@@ -113,6 +120,8 @@ def test_plan_prints_its_decision_and_the_cost_of_each_way():
         (["check", "--length", 0], "length must be at least 1, got 0"),
         (["check", "--catch-up", "lazy"], "catch_up must be one of"),
         (["plan", "--buffer", 0], "buffer must be"),
+        (["plan", "--cell", "lru"], "cell must have experts to plan for"),
+        (["train", "--cell", "lru", "-m", "jacrev"], "method jacrev is for the cells slot-moe"),
         (["plan", "--flush-every", 0], "flush_every must be"),
     ],
 )

@@ -3,17 +3,20 @@
 import copy
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diagonal_oracle import CELLS, bptt, gradients_of, inputs, make_cell, online
 from oracle import cotangents, worst_error
 
+import sparse_rtrl
 from sparse_rtrl import (
     RTRL,
     ContractError,
     DiagonalCell,
     ELSTMCell,
+    Given,
     Learned,
     LRUCell,
     MambaCell,
@@ -38,6 +41,13 @@ def test_gradient_is_that_of_bptt(name, segments, commit_every):
     assert worst_error(online(learner, x, c, segments, RESETS), expected) <= 1e-12
     # Segments of one step, cut off from each other, are far away: the past matters here.
     assert worst_error(bptt(cell, x, c, RESETS, truncate=1), expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_reference_backend_gives_the_same(name):
+    cell, x, c = make_cell(name), inputs(9, 3), cotangents(9, 3)
+    expected = bptt(cell, x, c)
+    assert worst_error(online(RTRL(cell, 3, backend="reference"), x, c, [1, 2]), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -240,6 +250,70 @@ class Custom(DiagonalCell):
 
 
 @pytest.mark.parametrize(
+    ("step", "project", "state_shape", "rows"),
+    [
+        # A decay that is given with the input, the same for all entries, which then share one row.
+        (
+            lambda self, h, a, y: a * h + y,
+            lambda self, x: (Given(torch.sigmoid(x[:, :1])), Mapped(x, self.linear.weight, (4,), self.linear.bias)),
+            (4,),
+            [None, (1, 1, 4)],
+        ),
+        # One value for the whole state: a row for each entry where they decay differently, one where they do not.
+        (
+            lambda self, h, s, y: torch.sigmoid(s) * h + y,
+            lambda self, x: (Learned(self.scale), Mapped(x, self.linear.weight[:1], (1,))),
+            (4,),
+            [(1, 4, 1), (4, 1, 1)],
+        ),
+        (lambda self, h, y: 0.9 * h + y, lambda self, x: (Mapped(x, self.linear.weight[:1], (1,)),), (4,), [(1, 1, 1)]),
+        # Values of both axes, one of which is queried, and a non-linear one, which is kept.
+        (
+            lambda self, h, s, y, z: torch.tanh(s) * h + torch.tanh(z) * y,
+            lambda self, x: (
+                Learned(self.scale[:, None, None]),
+                Mapped(x, self.linear.weight, (4, 1, 1)),
+                Mapped(x, self.linear.weight[:3], (1, 3, 1)),
+            ),
+            (4, 3, 2),
+            [(6, 4, 1), (3, 4, 1), (4, 3, 1)],
+        ),
+        # Only the state's second half is reached.
+        (
+            lambda self, h, s, y: torch.sigmoid(s) * h + y * torch.tensor([[0.0], [1.0]], dtype=torch.float64),
+            lambda self, x: (Learned(self.scale[None]), Mapped(x, self.linear.weight, (1, 4), self.linear.bias)),
+            (2, 4),
+            [(2, 4, 1), (1, 4, 1)],
+        ),
+    ],
+)
+def test_structures_are_found_and_exact(step, project, state_shape, rows):
+    torch.manual_seed(0)
+    cell = Custom(step, project, state_shape).double()
+    learner = RTRL(cell, 3)
+    assert [layout and layout.rows for layout in learner._engine.influence.layouts] == rows
+    x, c = inputs(11, 3), torch.randn(11, 3, *state_shape, dtype=torch.float64)
+    expected = bptt(cell, x, c)
+    assert worst_error(online(learner, x, c, [1, 3]), expected) <= 1e-12
+    assert worst_error(online(RTRL(cell, 3, commit_every=4), x, c, [1, 3]), expected) <= 1e-12
+    assert worst_error(bptt(cell, x, c, truncate=1), expected) > 1e-2
+
+
+def test_autocast_and_float32_are_as_close_as_backpropagation():
+    for name in CELLS:
+        cell = make_cell(name)
+        x, c = inputs(15, 2), cotangents(15, 2)
+        expected = bptt(cell, x, c)
+        single = copy.deepcopy(cell).float()
+        found = online(RTRL(single, 2), x.float(), c.float(), [1, 4])
+        assert worst_error(found, expected) <= 2 * worst_error(bptt(single, x.float(), c.float()), expected) + 1e-6
+        with torch.autocast("cpu"):
+            found = online(RTRL(single, 2), x.float(), c.float(), [1])
+            rounded = bptt(single, x.float(), c.float())
+        assert worst_error(found, expected) <= 2 * worst_error(rounded, expected) + 1e-6
+
+
+@pytest.mark.parametrize(
     ("step", "project", "message"),
     [
         (lambda self, h, y, s: s * h.roll(1, -1) + y, None, "not element-wise in the state: entries mix"),
@@ -388,3 +462,14 @@ def test_check_cell_names_violations():
         check_cell(cell, x, h)
     with pytest.raises(ValueError, match=r"h must have shape \(2, 4\), got \(2, 5\)"):
         check_cell(cell, x, torch.randn(2, 5))
+
+
+def test_the_cell_of_the_documentation_keeps_its_contract():
+    text = (Path(__file__).parent.parent / "docs" / "diagonal.md").read_text()
+    code = text.split("```python")[2].split("```")[0]
+    names: dict = {"sparse_rtrl": sparse_rtrl, "nn": torch.nn, "torch": torch, "Learned": Learned, "Mapped": Mapped}
+    exec(code, names)
+    cell = names["Leaky"](3, 5).double()
+    x, c = inputs(9, 2), cotangents(9, 2, outputs=4)
+    assert worst_error(online(RTRL(cell, 2), x, c, [1]), bptt(cell, x, c)) <= 1e-12
+    check_cell(cell, x[0], torch.randn(2, 5))

@@ -1,6 +1,8 @@
 """``Carry`` on diagonal cells, and on modules with complex states."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -74,6 +76,29 @@ def test_misuse_is_named():
         cell.forget_peephole.add_(0.1)
     with pytest.raises(RuntimeError, match="a parameter changed before carry was called"):
         carry(new)
+
+
+def test_parameters_unfrozen_later_join_and_a_stream_may_be_left():
+    cell, x, c = make_cell("elstm"), inputs(9, 2), cotangents(9, 2)
+    cell.content_peephole.requires_grad_(False)
+    carry = Carry(cell)
+    carried(carry, cell, x[:3], c[:3], [1])
+    carry.reset()
+    cell(x[0], carry(cell.initial_state(2)))  # a run that is not closed
+    carry.reset()
+    cell.content_peephole.requires_grad_(True)
+    with pytest.warns(UserWarning, match="content_peephole: unfrozen or added while streams are carried"):
+        found, _ = carried(carry, cell, x, c, [2, 1])
+    assert worst_error(found, bptt(cell, x, c)) <= 1e-12
+
+
+def test_a_carry_does_not_keep_its_cell_alive():
+    cell = make_cell("lru")
+    carry, left = Carry(cell), weakref.ref(cell)
+    carry(cell.initial_state(2))
+    del cell, carry
+    gc.collect()
+    assert left() is None
 
 
 class TwoLayers(torch.nn.Module):

@@ -7,7 +7,7 @@ import torch
 from diagonal_oracle import bptt, gradients_of, inputs
 from oracle import cotangents, worst_error
 
-from sparse_rtrl import RTRL, Carry, DiagonalStack, ELSTMCell, LRUCell, PerLayerApproximation, RWKVCell
+from sparse_rtrl import RTRL, Carry, DiagonalStack, ELSTMCell, LRUCell, PerLayerApproximation, RWKVCell, estimate
 
 
 def make_stack():
@@ -76,6 +76,8 @@ def test_misuse_is_named():
     stack = make_stack()
     with pytest.raises(TypeError, match=r"Carry\(stack\).*PerLayerApproximation"):
         RTRL(stack, 2)
+    with pytest.raises(TypeError, match=r"for other modules and stacks see Carry\(module\)\.estimate"):
+        estimate(stack, 2)
     with pytest.raises(TypeError, match="stack must be a DiagonalStack, got LRUCell"):
         PerLayerApproximation(LRUCell(2, 3, 2), 2)
     with pytest.raises(ValueError, match=r"cells\[1\] must have input_size and output_size 2, got 3 and 2"):

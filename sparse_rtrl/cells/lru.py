@@ -38,7 +38,7 @@ class LRUCell(DiagonalCell):
         h_t = \lambda \odot h_{t-1} + \gamma \odot (B x_t), \qquad o_t = \mathrm{Re}(C h_t) + D x_t, \\
         \lambda = \exp(-\exp \nu + i \exp \theta), \qquad \gamma = \exp \gamma_{log},
 
-    with complex ``h``, ``B`` and ``C`` (section 3, equation 7 and appendix A). ``|λ|`` starts uniformly on a ring,
+    with complex ``h``, ``B`` and ``C`` (section 3). ``|λ|`` starts uniformly on a ring,
     ``γ = sqrt(1 - |λ|²)``. Influence: ``hidden_size * (input_size + 2)`` complex numbers per stream.
 
     Args:
@@ -83,7 +83,9 @@ class LRUCell(DiagonalCell):
     def project(self, x: Tensor) -> tuple[Projection, ...]:
         """``λ``, ``γ`` and ``B x``."""
         B = torch.complex(self.B_real, self.B_imag)
-        return Learned(self.eigenvalues()), Learned(torch.exp(self.gamma)), Mapped(x, B, self.state_shape)
+        # A complex gamma saves the second backward pass that a real value in a complex state needs.
+        gamma = torch.exp(self.gamma).to(B.dtype)
+        return Learned(self.eigenvalues()), Learned(gamma), Mapped(x, B, self.state_shape)
 
     def step(self, h: Tensor, *values: Tensor) -> Tensor:
         """``λ h + γ (B x)``."""

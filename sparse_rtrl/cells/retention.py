@@ -38,7 +38,7 @@ class RetentionReadout(nn.Module):
 
 
 class RetentionCell(DiagonalCell):
-    r"""Multi-scale retention in its recurrent form (Sun et al. 2023, Retentive Network, equations 6 to 8).
+    r"""Multi-scale retention in its recurrent form (Sun et al. 2023, Retentive Network, section 2).
 
     Per head, with a matrix as state,
 

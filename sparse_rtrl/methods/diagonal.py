@@ -41,6 +41,8 @@ class Diagonal:
     def _note(self, rows: Tensor, states: list[Tensor]) -> None:
         if torch.is_grad_enabled() and states[0].requires_grad:
             versions = [p._version for p in self.cell.parameters()]
+            if self._runs and not torch.equal(self._runs[-1][1][-1], states[0]):
+                self._runs = []  # of a stream that was left
             self._runs.append((rows.detach(), [state.detach() for state in states], versions))
 
     def _entries(self, flat: Tensor) -> Tensor:
@@ -67,8 +69,9 @@ class Diagonal:
         self.parameters = selected
         states = [runs[0][1][0], *(state for _, states, _ in runs for state in states[1:])]
         engine = self._engine
-        with torch.no_grad():
-            projections = self.cell.project(torch.cat([rows for rows, _, _ in runs]))
+        with torch.enable_grad():
+            projections, _ = self.cell.projected(torch.cat([rows for rows, _, _ in runs]))
+        engine.admit(projections)
         segment = engine.influence.capture(self.cell, projections, states, engine.steps)
         if engine.influence.is_full:
             engine.influence.commit()
@@ -79,15 +82,11 @@ class Diagonal:
 
     def _chain(self, entry: Tensor, end: Tensor) -> list[tuple[Tensor, list[Tensor], list[int]]]:
         """The runs of the segment, checked: each starts where the one before it ended."""
-        runs, state = self._runs, entry
-        joined = bool(runs)
+        runs = self._runs
         if runs and self._restarted is not None:
             restarted = self._restarted.view(-1, *[1] * (entry.dim() - 1))
-            state = torch.where(restarted, runs[0][1][0], state)
-        for _, states, _ in runs:
-            joined = joined and torch.equal(states[0], state)
-            state = states[-1]
-        if not joined or not torch.equal(state, end):
+            entry = torch.where(restarted, runs[0][1][0], entry)
+        if not runs or not torch.equal(runs[0][1][0], entry) or not torch.equal(runs[-1][1][-1], end):
             raise RuntimeError(
                 "the state that carry got is not what the cell made of the one that carry returned last: hand it on as"
                 " it is, and start streams anew with carry.reset(mask) between segments"
@@ -109,7 +108,7 @@ class Diagonal:
             raise too_late()
         found = engine.past_gradients(position, self._entries(u), index)
         with torch.enable_grad():
-            tensors = [t for projection in self.cell.project(self.cell.zero_rows(1)) for t in projection.tensors]
+            tensors = [t for projection in self.cell.projected(self.cell.zero_rows(1))[0] for t in projection.tensors]
         pairs = [(t, g) for t, g in zip(tensors, found, strict=True) if g is not None and t.requires_grad]
         trainable = [p for p in self.parameters if p.trainable]
         gradients = torch.autograd.grad(
