@@ -77,16 +77,27 @@ struct SlotMoeForward {
   int64_t* index;        // (n, B, indices())
 };
 
-// Some steps that were run with the same weights.
+// A step as slot_moe_forward left it.
+template <typename T>
+struct SlotMoeStep {
+  const T* inputs;       // (B, I)
+  const T* saved;        // (B, saved())
+  const int64_t* index;  // (B, indices())
+  int64_t weights;       // which of SlotMoeSteps::weights it was run with
+};
+
+// Consecutive steps, and all the weights that they were run with.
 template <typename T>
 struct SlotMoeSteps {
   SlotMoeSizes sizes;
-  SlotMoeWeights<T> weights;
   SlotMoeColumns columns;
-  int64_t steps;         // n
-  const T* inputs;       // (n, B, I)
-  const T* saved;        // (n, B, saved())
-  const int64_t* index;  // (n, B, indices())
+  const SlotMoeStep<T>* step;  // (n,)
+  int64_t steps;               // n
+  const SlotMoeWeights<T>* weights;
+  int64_t num_weights;
+
+  const T* saved(int64_t t, int64_t b) const { return step[t].saved + b * sizes.saved(); }
+  const int64_t* index(int64_t t, int64_t b) const { return step[t].index + b * sizes.indices(); }
 };
 
 // One row per stream back through the steps, with the gradient of the parameters.

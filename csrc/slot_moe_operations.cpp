@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -65,26 +66,44 @@ struct CellTensors {
   }
 };
 
-// Steps as slot_moe_forward left them.
-struct StepTensors {
-  Tensor inputs, saved, index;
-  CellTensors cell;
+// A window of segments as slot_moe_forward left them, each with its own weights.
+struct WindowTensors {
+  std::vector<Tensor> inputs, saved, index;
+  std::vector<CellTensors> cells;
   SlotMoeColumns columns;
+  int64_t steps = 0;
 
-  StepTensors(const Tensor& inputs_, const Tensor& saved_, const Tensor& index_, const std::vector<Tensor>& weights,
-              const std::vector<int64_t>& at, int64_t heads, int64_t read, int64_t write)
-      : cell(weights, saved_.dim() == 3 ? saved_.size(1) : -1, inputs_.dim() == 3 ? inputs_.size(2) : -1, heads, read,
-             write, index_.dim() == 3 ? index_.size(2) - read - write : 0) {
-    const SlotMoeSizes& s = cell.sizes;
-    const Tensor& like = cell.weights[0];
-    const ScalarType dtype = like.scalar_type();
-    saved = checked("saved", saved_, like, dtype, {-1, -1, s.saved()});
-    const int64_t n = saved.size(0);
-    inputs = checked("inputs", inputs_, like, dtype, {n, s.batch, -1});
-    index = checked_indices("index", index_, like, {n, s.batch, s.indices()}, std::max(s.slots, s.experts));
-    for (int64_t i = 0; i < index.numel(); ++i) {
-      const bool slot = i % s.indices() < s.support();
-      check_number("index", indices(index)[i], 0, (slot ? s.slots : s.experts) - 1);
+  WindowTensors(const std::vector<Tensor>& inputs_, const std::vector<Tensor>& saved_,
+                const std::vector<Tensor>& index_, const std::vector<Tensor>& weights, const std::vector<int64_t>& at,
+                int64_t heads, int64_t read, int64_t write) {
+    const size_t count = inputs_.size();
+    if (count == 0 || saved_.size() != count || index_.size() != count || weights.size() != 7 * count) {
+      throw std::invalid_argument("inputs, saved, index and weights must hold 1, 1, 1 and 7 tensors per segment, got " +
+                                  std::to_string(count) + ", " + std::to_string(saved_.size()) + ", " +
+                                  std::to_string(index_.size()) + " and " + std::to_string(weights.size()));
+    }
+    const int64_t batch = saved_[0].dim() == 3 ? saved_[0].size(1) : -1;
+    const int64_t input = inputs_[0].dim() == 3 ? inputs_[0].size(2) : -1;
+    const int64_t top_k = index_[0].dim() == 3 ? index_[0].size(2) - read - write : 0;
+    for (size_t i = 0; i < count; ++i) {
+      const std::vector<Tensor> own(weights.begin() + 7 * i, weights.begin() + 7 * (i + 1));
+      cells.emplace_back(own, batch, input, heads, read, write, top_k);
+      const SlotMoeSizes& s = cells[i].sizes;
+      const Tensor& like = cells[0].weights[0];
+      if (s.slots != sizes().slots || s.size != sizes().size || s.experts != sizes().experts) {
+        fail("weights", "be those of one cell", own[0]);
+      }
+      const ScalarType dtype = like.scalar_type();
+      saved.push_back(checked("saved", saved_[i], like, dtype, {-1, batch, s.saved()}));
+      const int64_t n = saved[i].size(0);
+      inputs.push_back(checked("inputs", inputs_[i], like, dtype, {n, batch, input}));
+      index.push_back(
+          checked_indices("index", index_[i], like, {n, batch, s.indices()}, std::max(s.slots, s.experts)));
+      for (int64_t k = 0; k < index[i].numel(); ++k) {
+        const bool slot = k % s.indices() < s.support();
+        check_number("index", indices(index[i])[k], 0, (slot ? s.slots : s.experts) - 1);
+      }
+      steps += n;
     }
     if (at.size() != 9) {
       throw std::invalid_argument("columns must be 9 numbers, got " + std::to_string(at.size()));
@@ -92,8 +111,11 @@ struct StepTensors {
     columns = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
   }
 
+  const SlotMoeSizes& sizes() const { return cells[0].sizes; }
+  const Tensor& like() const { return cells[0].weights[0]; }
+
   void check_columns(int64_t core, int64_t experts) const {
-    const SlotMoeSizes& s = cell.sizes;
+    const SlotMoeSizes& s = sizes();
     const int64_t D = s.size;
     check_number("columns", columns.slot_table, 0, core - s.hidden());
     check_number("columns", columns.query_weight, 0, core - 2 * D * s.input);
@@ -105,11 +127,33 @@ struct StepTensors {
     check_number("columns", columns.expert_weight, 0, experts - (D + 1) * D);
     check_number("columns", columns.expert_bias, 0, experts - (D + 1));
   }
+};
 
-  template <typename T>
-  SlotMoeSteps<T> of() const {
-    return {cell.sizes,         cell.of<T>(),       columns,       saved.size(0),
-            numbers<T>(inputs), numbers<T>(saved), indices(index)};
+// The same for the kernels; it points into the tensors.
+template <typename T>
+struct Window {
+  std::vector<SlotMoeWeights<T>> weights;
+  std::vector<SlotMoeStep<T>> step;
+  SlotMoeSteps<T> steps;
+
+  explicit Window(const WindowTensors& from) {
+    const SlotMoeSizes& s = from.sizes();
+    for (size_t i = 0; i < from.cells.size(); ++i) {
+      const SlotMoeWeights<T> own = from.cells[i].of<T>();
+      // Segments that were run with the same weights share them.
+      if (weights.empty() || weights.back().key_value != own.key_value) weights.push_back(own);
+      for (int64_t t = 0; t < from.saved[i].size(0); ++t) {
+        step.push_back({numbers<T>(from.inputs[i]) + t * s.batch * s.input,
+                        numbers<T>(from.saved[i]) + t * s.batch * s.saved(),
+                        indices(from.index[i]) + t * s.batch * s.indices(), static_cast<int64_t>(weights.size()) - 1});
+      }
+    }
+    steps = {s,
+             from.columns,
+             step.data(),
+             static_cast<int64_t>(step.size()),
+             weights.data(),
+             static_cast<int64_t>(weights.size())};
   }
 };
 
@@ -136,58 +180,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slot_moe_forward(Tensor state, Tensor
   return {new_state, slots, saved, index};
 }
 
-void slot_moe_pull_back_(Tensor v, Tensor core, Tensor experts, std::optional<Tensor> cotangent, Tensor inputs,
-                         Tensor saved, Tensor index, std::vector<Tensor> weights, std::vector<int64_t> columns,
-                         int64_t heads, int64_t read, int64_t write) {
-  const StepTensors steps(inputs, saved, index, weights, columns, heads, read, write);
-  const SlotMoeSizes& s = steps.cell.sizes;
-  const Tensor& like = steps.cell.weights[0];
+void slot_moe_pull_back_(Tensor v, Tensor core, Tensor experts, std::optional<Tensor> cotangent,
+                         std::vector<Tensor> inputs, std::vector<Tensor> saved, std::vector<Tensor> index,
+                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write) {
+  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write);
+  const SlotMoeSizes& s = window.sizes();
+  const Tensor& like = window.like();
   const ScalarType dtype = like.scalar_type();
   v = checked_in_place("v", v, like, dtype, {s.batch, s.hidden()});
   core = checked_in_place("core", core, like, dtype, {-1});
   experts = checked_in_place("experts", experts, like, dtype, {s.experts, -1});
-  steps.check_columns(core.size(0), experts.size(1));
+  window.check_columns(core.size(0), experts.size(1));
   if (cotangent.has_value()) {
-    cotangent = checked("cotangent", *cotangent, like, dtype, {saved.size(0), s.batch, s.support(), s.size});
+    cotangent = checked("cotangent", *cotangent, like, dtype, {window.steps, s.batch, s.support(), s.size});
   }
   for_scalar_type("v", v, [&](auto scalar) {
     using T = decltype(scalar);
+    const Window<T> of(window);
     kernels<T>().slot_moe_pull_back(
-        {steps.of<T>(), writable<T>(v), cotangent.has_value() ? numbers<T>(*cotangent) : nullptr, writable<T>(core),
+        {of.steps, writable<T>(v), cotangent.has_value() ? numbers<T>(*cotangent) : nullptr, writable<T>(core),
          writable<T>(experts), core.size(0), experts.size(1)},
         kThreads);
   });
 }
 
-void slot_moe_transfer_(Tensor phi, Tensor inputs, Tensor saved, Tensor index, std::vector<Tensor> weights,
-                        std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write) {
-  const StepTensors steps(inputs, saved, index, weights, columns, heads, read, write);
-  const SlotMoeSizes& s = steps.cell.sizes;
-  const Tensor& like = steps.cell.weights[0];
-  phi = checked_in_place("phi", phi, like, like.scalar_type(), {s.batch, -1, s.hidden()});
+void slot_moe_transfer_(Tensor phi, std::vector<Tensor> inputs, std::vector<Tensor> saved, std::vector<Tensor> index,
+                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write) {
+  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write);
+  const SlotMoeSizes& s = window.sizes();
+  phi = checked_in_place("phi", phi, window.like(), window.like().scalar_type(), {s.batch, -1, s.hidden()});
   if (phi.size(1) == 0) return;
   for_scalar_type("phi", phi, [&](auto scalar) {
     using T = decltype(scalar);
-    kernels<T>().slot_moe_transfer({steps.of<T>(), writable<T>(phi), phi.size(1)}, kThreads);
+    const Window<T> of(window);
+    kernels<T>().slot_moe_transfer({of.steps, writable<T>(phi), phi.size(1)}, kThreads);
   });
 }
 
-void slot_moe_commit_(Tensor core, Tensor experts, Tensor phi, Tensor rows, Tensor inputs, Tensor saved, Tensor index,
-                      std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read,
-                      int64_t write) {
-  const StepTensors steps(inputs, saved, index, weights, columns, heads, read, write);
-  const SlotMoeSizes& s = steps.cell.sizes;
-  const Tensor& like = steps.cell.weights[0];
+void slot_moe_commit_(Tensor core, Tensor experts, Tensor phi, Tensor rows, std::vector<Tensor> inputs, std::vector<Tensor> saved, std::vector<Tensor> index,
+                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write) {
+  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write);
+  const SlotMoeSizes& s = window.sizes();
+  const Tensor& like = window.like();
   const ScalarType dtype = like.scalar_type();
   core = checked_in_place("core", core, like, dtype, {s.batch, s.hidden() + 1, -1});
   experts = checked_in_place("experts", experts, like, dtype, {s.batch * s.experts, s.hidden() + 1, -1});
   phi = checked_in_place("phi", phi, like, dtype, {s.batch, -1, s.hidden()});
   rows = checked_indices("rows", rows, like, {s.batch, phi.size(1)}, s.hidden());
-  steps.check_columns(core.size(2), experts.size(2));
+  window.check_columns(core.size(2), experts.size(2));
   if (phi.size(1) == 0) return;
   for_scalar_type("core", core, [&](auto scalar) {
     using T = decltype(scalar);
-    kernels<T>().slot_moe_commit({{steps.of<T>(), writable<T>(phi), phi.size(1)},
+    const Window<T> of(window);
+    kernels<T>().slot_moe_commit({{of.steps, writable<T>(phi), phi.size(1)},
                                   indices(rows),
                                   writable<T>(core),
                                   writable<T>(experts),

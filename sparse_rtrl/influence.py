@@ -18,7 +18,7 @@ from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
 from sparse_rtrl.slot_cell import Routing
-from sparse_rtrl.slot_moe_pass import FusedSteps, SlotMoePass, add_immediate_, fused_segment
+from sparse_rtrl.slot_moe_pass import FusedSteps, SlotMoePass, add_immediate_, fused_segment, pull_back_steps_
 from sparse_rtrl.step_chain import StepChain, commit_, pull_back
 from sparse_rtrl.tree import CircularTree
 
@@ -212,8 +212,7 @@ class Influence:
         if fused := _fused(before):
             totals = v.new_zeros(self.groups.core_columns), self._no_expert_gradient()
             v = v.clone()
-            for steps in reversed(fused):
-                steps.pull_back_(v, *totals)
+            pull_back_steps_(fused, v, *totals)
             direct.append(totals)
             before = []
         for captured in reversed(_steps(before)):

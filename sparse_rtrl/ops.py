@@ -53,16 +53,18 @@ _library.define(
 )
 _library.define("diagonal_loss_(Tensor(a!) g, Tensor P, Tensor u) -> ()")
 
-_STEPS = "Tensor inputs, Tensor saved, Tensor index, Tensor[] weights, int[] columns, int heads, int read, int write"
+_WINDOW = (
+    "Tensor[] inputs, Tensor[] saved, Tensor[] index, Tensor[] weights, int[] columns, int heads, int read, int write"
+)
 _library.define(
     "slot_moe_forward(Tensor state, Tensor query_token, Tensor[] weights, int heads, int read, int write, int top_k)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"slot_moe_pull_back_(Tensor(a!) v, Tensor(b!) core, Tensor(c!) experts, Tensor? cotangent, {_STEPS}) -> ()"
+    f"slot_moe_pull_back_(Tensor(a!) v, Tensor(b!) core, Tensor(c!) experts, Tensor? cotangent, {_WINDOW}) -> ()"
 )
-_library.define(f"slot_moe_transfer_(Tensor(a!) phi, {_STEPS}) -> ()")
-_library.define(f"slot_moe_commit_(Tensor(a!) core, Tensor(b!) experts, Tensor(c!) phi, Tensor rows, {_STEPS}) -> ()")
+_library.define(f"slot_moe_transfer_(Tensor(a!) phi, {_WINDOW}) -> ()")
+_library.define(f"slot_moe_commit_(Tensor(a!) core, Tensor(b!) experts, Tensor(c!) phi, Tensor rows, {_WINDOW}) -> ()")
 
 NAMES = (
     "influence_update_",

@@ -69,24 +69,32 @@ class FusedSteps:
         """Experts that any step used, with repeats, ``(B, n * k)``."""
         return self.index[..., -self.of.cell.top_k :].transpose(0, 1).flatten(1)
 
-    def pull_back_(self, v: Tensor, core: Tensor, experts: Tensor, cotangent: Tensor | None = None) -> None:
-        """One row vector per stream back through the steps, in place.
-
-        Args:
-            v: ``dL/dh`` behind the last step, ``(B, H)``; becomes that before the first one.
-            core: gradient of the core parameters at fixed entry state, ``(N_core,)``, added to.
-            experts: that of the experts, ``(E, N_expert)``, added to.
-            cotangent: ``dL/d slots`` of every step, ``(n, B, kr + kw, D)``.
-        """
-        ops.slot_moe_pull_back_(v, core, experts, cotangent, *self._arguments)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything in it; the tensors are not copied."""
         return {"inputs": self.inputs, "saved": self.saved, "index": self.index, "weights": list(self.weights)}
 
-    @property
-    def _arguments(self) -> tuple[Any, ...]:
-        return (self.inputs, self.saved, self.index, self.weights, self.of.columns, *self.of.sizes)
+
+def _arguments(window: Sequence[FusedSteps]) -> tuple[Any, ...]:
+    """A window as the operations take it."""
+    of = window[0].of
+    weights = [weight for steps in window for weight in steps.weights]
+    parts = ([steps.inputs for steps in window], [steps.saved for steps in window], [steps.index for steps in window])
+    return *parts, weights, of.columns, *of.sizes
+
+
+def pull_back_steps_(
+    window: Sequence[FusedSteps], v: Tensor, core: Tensor, experts: Tensor, cotangent: Tensor | None = None
+) -> None:
+    """One row vector per stream back through a window of steps, in place.
+
+    Args:
+        window: the steps, oldest first.
+        v: ``dL/dh`` behind the last step, ``(B, H)``; becomes that before the first one.
+        core: gradient of the core parameters at fixed entry state, ``(N_core,)``, added to.
+        experts: that of the experts, ``(E, N_expert)``, added to.
+        cotangent: ``dL/d slots`` of every step, ``(n, B, kr + kw, D)``.
+    """
+    ops.slot_moe_pull_back_(v, core, experts, cotangent, *_arguments(window))
 
 
 class SlotMoePass:
@@ -193,8 +201,7 @@ def fused_segment(steps: Sequence[FusedSteps], hidden_size: int) -> tuple[Segmen
     support = _slots(touched)
     rows = slot_entries(write, size)
     phi = _identity(rows, hidden_size, steps[0].saved)
-    for step in reversed(steps):
-        ops.slot_moe_transfer_(phi, *step._arguments)
+    ops.slot_moe_transfer_(phi, *_arguments(steps))
     if support.shape[1] == cell.num_slots:
         support, Jh = torch.arange(cell.num_slots).expand(batch, -1), phi
     else:
@@ -223,8 +230,7 @@ def add_immediate_(core: Tensor, experts: Tensor, rows: Tensor, steps: Sequence[
         steps: the window, oldest first.
     """
     phi = _identity(rows, core.shape[1] - 1, core)
-    for step in reversed(steps):
-        ops.slot_moe_commit_(core, experts, phi, rows, *step._arguments)
+    ops.slot_moe_commit_(core, experts, phi, rows, *_arguments(steps))
 
 
 def _slots(chosen: Tensor) -> Tensor:
@@ -260,5 +266,5 @@ class FusedSegment(torch.autograd.Function):
         v = cotangent.new_zeros(cotangent.shape[1], cell.hidden_size)
         core = v.new_zeros(groups.core_columns)
         experts = v.new_zeros(groups.num_experts, groups.expert_columns)
-        steps.pull_back_(v, core, experts, cotangent)
+        pull_back_steps_([steps], v, core, experts, cotangent)
         return None, None, v.view(-1, cell.num_slots, cell.slot_size), *groups.split(core, experts)

@@ -195,13 +195,14 @@ def test_operations_refuse_what_does_not_fit() -> None:
     (steps,) = learner._engine.influence.window
     v, core, experts = torch.zeros(2, 30).double(), learner._engine.influence.core, learner._engine.influence.experts
     g = torch.zeros(core.shape[2]).double(), torch.zeros(8, experts.shape[2]).double()
-    arguments = [steps.inputs, steps.saved, steps.index, steps.weights, steps.of.columns, *steps.of.sizes]
+    arguments = [[steps.inputs], [steps.saved], [steps.index], steps.weights, steps.of.columns, *steps.of.sizes]
     ops.slot_moe_pull_back_(v, *g, None, *arguments)
     for place, bad in (
-        (0, steps.inputs[:2]),
-        (1, steps.saved[..., :-1]),
-        (1, steps.saved.float()),
-        (2, steps.index + 8),
+        (0, [steps.inputs[:2]]),
+        (0, [steps.inputs] * 2),
+        (1, [steps.saved[..., :-1]]),
+        (1, [steps.saved.float()]),
+        (2, [steps.index + 8]),
         (3, steps.weights[:-1]),
         (4, [10**6, *steps.of.columns[1:]]),
     ):
