@@ -20,7 +20,8 @@ def make_cell(name: str) -> DiagonalCell:
     torch.manual_seed(0)
     cell = CELLS[name]().double()
     for p in cell.parameters():  # away from equal initial values
-        p.data += 0.05 * torch.randn_like(p)
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
     return cell
 
 
