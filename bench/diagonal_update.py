@@ -1,10 +1,10 @@
 """Speed of ``diagonal_update_`` on the CPU beside a copy of the same bytes, in one run.
 
 ``python bench/diagonal_update.py --out bench/results/diagonal_update_cpu.json``. A copy of ``P`` into another tensor
-reads and writes as many bytes as the update of ``P`` must; the two alternate, and the median of the ratios of neighbours
-is taken, as the bandwidth of a shared machine drifts. What else must come from memory counts too: the gradient where it
-is formed, and the factors of rows of a single entry. Every result is compared with the reference in double precision
-before anything is timed.
+reads and writes as many bytes as the update of ``P`` must; the two alternate, and the median of the ratios of
+neighbours is taken, as the bandwidth of a shared machine drifts. What else must come from memory counts too: the
+gradient where it is formed, and the factors of rows of a single entry. Every result is compared with the reference in
+double precision before anything is timed.
 """
 
 import argparse
