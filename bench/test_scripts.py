@@ -43,7 +43,7 @@ def test_truncation_bias():
 
 
 def test_diagonal_update():
-    row = diagonal_update.measure(2, 8, 4, torch.complex64, True, rounds=1)
+    row = diagonal_update.measure(diagonal_update.problem(2, 8, 4, torch.complex64), rounds=2)
     assert row["bytes_moved"] == 8 * (2 * 2 * 8 * 4 + 2 * 8 * 4) and 0 < row["relative_error"] < 1e-5
     assert row["fraction_of_copy"] > 0
 

@@ -172,8 +172,8 @@ void diagonal(int64_t R, int64_t J, int64_t tau, bool complex_numbers) {
   const std::vector<T> z = random_numbers<T>(B * tau * J), u = random_numbers<T>(size * B * R);
   const std::vector<T> before = P, g_before = g;
   std::vector<T> loss = g;
-  const DiagonalUpdate<T> of_loss{P.data(), nullptr, nullptr, nullptr, loss.data(), u.data(), B, R, J, 0, complex_numbers};
-  kernels<T>().diagonal_loss(of_loss, kSerial);
+  kernels<T>().diagonal_loss(
+      {P.data(), nullptr, nullptr, nullptr, loss.data(), u.data(), B, R, J, 0, complex_numbers}, kSerial);
   for (size_t i = 0; i < P.size(); ++i) CHECK(P[i] == before[i]);
   kernels<T>().diagonal_update(
       {P.data(), decay.data(), delta.data(), z.data(), g.data(), u.data(), B, R, J, tau, complex_numbers}, kSerial);
