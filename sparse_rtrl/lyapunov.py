@@ -64,11 +64,12 @@ def carry_tangent(step: Step, xs: Tensor, state: Tensor, tangent: Tensor) -> tup
     """
     smallest = torch.finfo(tangent.dtype).tiny
     growth = tangent.new_zeros(len(tangent))
-    for x in xs:
-        state, tangent = torch.func.jvp(partial(step, x), (state,), (tangent,))  # type: ignore[misc]
-        length = tangent.flatten(1).norm(dim=1).clamp_min(smallest)
-        growth += length.log()
-        tangent = tangent / _per_stream(length, tangent)
+    with parametrize.cached():
+        for x in xs:
+            state, tangent = torch.func.jvp(partial(step, x), (state,), (tangent,))  # type: ignore[misc]
+            length = tangent.flatten(1).norm(dim=1).clamp_min(smallest)
+            growth += length.log()
+            tangent = tangent / _per_stream(length, tangent)
     return growth, tangent
 
 
@@ -98,7 +99,8 @@ def tangent_growth(step: Step, xs: Tensor, state: Tensor, tangent: Tensor) -> tu
     if not torch.is_grad_enabled():
         return growth, after
     entry = end = state if state.requires_grad else state.detach().requires_grad_()
-    with _TwiceDifferentiable():
+    # A cache of its own: what was cached without gradients above would hide parametrized weights from the gradient.
+    with _TwiceDifferentiable(), parametrize.cached():
         for x in xs:
             end = step(x, end)
     (pulled_back,) = torch.autograd.grad(end, entry, after, create_graph=True)
@@ -187,7 +189,7 @@ class LyapunovRegularizer:
             ``weight`` times the mean over the streams of the squared distance, a scalar to add to the loss of the
             segment before its one backward pass; a constant 0 if ``weight`` is 0.
         """
-        with torch.set_grad_enabled(self.weight > 0), parametrize.cached():
+        with torch.set_grad_enabled(self.weight > 0):
             growth, self._tangent = tangent_growth(self._step, xs, entry, self._tangent)
             exponent = growth / len(xs)
             loss = self.weight * (exponent - self.target).square().mean()

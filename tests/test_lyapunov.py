@@ -142,6 +142,22 @@ def test_gradient_through_the_whole_past_is_exact(problem, segment):
         assert worst_error(gradients_of(cell), expected) > 1e-2
 
 
+def test_gradient_of_the_ready_cell_is_exact_with_its_own_front_end():
+    torch.manual_seed(0)
+    cell = SlotMoECell(
+        input_size=4, slot_size=4, num_slots=3, num_experts=3, top_k=2, read_slots=2, write_slots=2, output_size=2
+    ).double()
+    x = torch.randn(14, 2, 4, dtype=torch.float64)
+    found, tangent, _ = online(cell, x, 4, commit_every=4)
+    cell.zero_grad()
+    whole(cell, x, 12, tangent).backward()
+    expected = gradients_of(cell)
+    assert worst_error(found, expected) < 1e-12
+    cell.zero_grad()
+    whole(cell, x, 12, tangent, truncate=True).backward()
+    assert worst_error(gradients_of(cell), expected) > 1e-2
+
+
 def test_it_adds_to_the_loss_of_the_outputs_in_one_backward_pass(problem):
     cell, x = problem
 
