@@ -34,6 +34,7 @@ import triton
 
 from bench import gpu_learning
 from sparse_rtrl import reference, triton_kernels
+from sparse_rtrl.triton_backend import WITHOUT_PRECISION
 from sparse_rtrl.triton_kernels import launch
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,14 @@ TESTS = {"tests/test_triton.py": "pytest", "tests/test_cuda.py": "hypothesis"}
 
 SHAPES = ((32, 64, 128, 8192), (8, 128, 256, 32768), (64, 32, 64, 4096), (1, 64, 128, 8192))
 """``(B, w, r, N)`` of the influence update."""
+
+DIAGONALS = (
+    (16, 2048, 2048, torch.complex64, False),
+    (16, 2048, 2048, torch.complex64, True),
+    (16, 4096, 2048, torch.float32, False),
+    (16, 2**22, 1, torch.float32, False),
+)
+"""``(B, R, J)`` of the update of a diagonal recurrence, its dtype, and whether it forms the gradient."""
 
 TAU = 1
 ERROR_BOUND = 4.0
@@ -140,11 +149,26 @@ def make_update(batch: int, w: int, r: int, columns: int, device: torch.device) 
     return moved
 
 
+def make_diagonal(
+    batch: int, rows: int, columns: int, dtype: torch.dtype, loss: bool, device: torch.device
+) -> list[Any]:
+    """Arguments of an update of a diagonal recurrence that forgets, with the gradient if there is a loss."""
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    P, decay, delta = randn(batch, rows, columns), randn(batch, rows), randn(batch, rows, TAU)
+    arguments = [P, 0.9 * decay / decay.abs(), delta, randn(batch, TAU, columns, dtype=dtype.to_real())]
+    return [*arguments, randn(rows, columns), randn(batch, rows)] if loss else arguments
+
+
 def to(value: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
     """Copies of arguments on a device, floating-point tensors in a dtype."""
     if isinstance(value, list):
         return [to(v, dtype, device) for v in value]
     if isinstance(value, torch.Tensor):
+        if dtype is not None and value.is_complex():
+            return value.to(device, dtype.to_complex(), copy=True)
         return value.to(device, dtype if value.is_floating_point() else None, copy=True)
     return value
 
@@ -200,6 +224,17 @@ def cases(device: torch.device, dry_run: bool) -> Any:
     cost = (4.0 * batch * columns * (hidden + 2), 2.0 * batch * columns * hidden)
     sizes = {"B": batch, "N": columns, "H": hidden}
     yield "loss_row_", sizes, triton_kernels.loss_row_, reference.loss_row_, [update[0], u, update[6]], cost
+    for batch, rows, columns, dtype, loss in DIAGONALS:
+        if dry_run:
+            batch, rows, columns = min(batch, 2), min(rows, 8), min(columns, 16)
+        arguments = make_diagonal(batch, rows, columns, dtype, loss, device)
+        numbers, parts = batch * rows * columns, 2 if dtype.is_complex else 1
+        # Of rows as short as one entry, what belongs to the row counts too; g is read and written once.
+        beside = batch * rows * (3 if loss else 2) if columns == 1 else 0
+        moved = float(dtype.itemsize * (2 * numbers + beside + (2 * rows * columns if loss else 0)))
+        cost = (moved, parts**2 * 2.0 * numbers * (1 + loss) + parts * 2.0 * numbers * TAU)
+        sizes = {"B": batch, "R": rows, "J": columns, "dtype": str(dtype).removeprefix("torch."), "loss": loss}
+        yield "diagonal_update_", sizes, triton_kernels.diagonal_update_, reference.diagonal_update_, arguments, cost
 
 
 @functools.cache
@@ -209,7 +244,7 @@ def compiled(plain: Callable[..., None], backend: str) -> Callable[..., None]:
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((found.to(exact.dtype) - exact).norm() / exact.norm())
 
 
 def measure(
@@ -222,7 +257,7 @@ def measure(
     exact = to(arguments, torch.float64, device)
     plain(*exact)
     expected = exact[0]
-    options = {} if name == "loss_row_" else {"precision": precision}
+    options = {} if name in WITHOUT_PRECISION else {"precision": precision}
 
     def ours(P: torch.Tensor, *rest: Any) -> None:
         kernel(P, *rest, **options)
@@ -359,7 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     report["failures"] = failures
     for case in cases(device, dry_run):
-        for precision in launch.PRECISIONS if case[0] != "loss_row_" else ("ieee",):
+        for precision in ("ieee",) if case[0] in WITHOUT_PRECISION else launch.PRECISIONS:
             try:
                 rows.append(measure(case, precision, roofs, options.repeats, dry_run))
                 print_row(rows[-1])

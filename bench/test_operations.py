@@ -41,6 +41,21 @@ def test_influence_update(benchmark, batch, w, r, columns):
         assert torch.equal(P[0, s * slot_size : (s + 1) * slot_size], before[0, s * slot_size : (s + 1) * slot_size])
 
 
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(16, 512, 256), (16, 2**17, 1)])
+def test_diagonal_update(benchmark, batch, rows, columns):
+    """``2 * itemsize * B * R * J`` bytes."""
+    torch.manual_seed(0)
+    P = torch.randn(batch, rows, columns, dtype=torch.complex64)
+    decay, delta = torch.full((batch, rows), 0.9j), torch.randn(batch, rows, 1, dtype=P.dtype)
+    z = torch.randn(batch, 1, columns)
+    P[0, 0] = 0
+    benchmark(lambda: ops.diagonal_update_(P, decay, delta, z))
+    # The sum of the powers of 0.9j that went in tells how often the update ran.
+    turns = (P[0, 0, 0] / (delta[0, 0, 0] * z[0, 0, 0])).item()
+    sums = torch.cumsum(torch.tensor(0.9j, dtype=torch.complex128) ** torch.arange(2000), 0)
+    assert (sums - turns).abs().min() < 1e-3
+
+
 def test_tree_append_and_query(benchmark):
     torch.manual_seed(0)
     tree = CircularTree(64, 4, 16, 8)

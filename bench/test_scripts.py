@@ -3,11 +3,22 @@
 import argparse
 import math
 
+import byte_stream
 import carry
 import compare
 import compare_methods
+import diagonal
+import diagonal_learning
+import diagonal_update
+import haystack_long
 import pytest
+import stack_approximation
+import torch
 import truncation_bias
+
+from sparse_rtrl import SlotMoECell
+from sparse_rtrl.streams import TaskStream
+from sparse_rtrl.tasks import Haystack
 
 
 def test_carry_against_the_textbook():
@@ -29,6 +40,59 @@ def test_truncation_bias():
     assert math.isfinite(result["bits_per_byte"])
     for row in result["rows"]:
         assert row["carry_relative_error"] < 1e-5 < 1e-3 < row["tbptt_relative_error"]
+
+
+def test_diagonal_update():
+    row = diagonal_update.measure(2, 8, 4, torch.complex64, True, rounds=1)
+    assert row["bytes_moved"] == 8 * (2 * 2 * 8 * 4 + 2 * 8 * 4) and 0 < row["relative_error"] < 1e-5
+    assert row["fraction_of_copy"] > 0
+
+
+def test_diagonal_cells(tmp_path):
+    arguments = ["--widths", "8", "--batches", "2", "--rounds", "1", "--budget", "0", "--out", str(tmp_path / "d.json")]
+    for row in diagonal.main(arguments):
+        assert min(row["seconds_per_token"].values()) > 0
+        assert row["influence_bytes"] == pytest.approx(4 * 2 * row["recurrent_parameters"], rel=0.1)
+    assert len((tmp_path / "d.csv").read_text().splitlines()) == 3
+
+
+def test_diagonal_learning(tmp_path, monkeypatch):
+    monkeypatch.setattr(diagonal_learning, "SCORE_BATCHES", 1)
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--out", str(out), "--cells", "lru", "--seeds", "1", "--updates", "1"]
+    diagonal_learning.main([*arguments, "--length", "42"])
+    rows = diagonal_learning.load(out)
+    assert len(rows) == 9
+    by_method = {(row["task"], row["method"]): row for row in rows}
+    for task in ("copy", "adding"):
+        exact, online = by_method[task, "bptt"], by_method[task, "rtrl"]
+        assert online["score"] == pytest.approx(exact["score"], rel=1e-3)
+        assert by_method[task, "tbptt1"]["gradient_error_against_bptt"] > 1e-2
+    before = out.read_text()
+    diagonal_learning.main([*arguments, "--length", "42"])  # nothing is left to do
+    assert out.read_text() == before
+    diagonal_learning.main([*arguments, "--picture", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_stack_approximation():
+    arguments = ["--cell", "lru", "--depth", "2", "--width", "4", "--batch", "2", "--train-bytes", "200"]
+    (result,) = stack_approximation.main([*arguments, "--steps", "12", "--lengths", "1", "12"])
+    one, whole = result["rows"]
+    assert one["per_layer_cosine_last_cell"] > 0.99999 > one["per_layer_cosine_all"]
+    assert whole["per_layer_cosine_all"] > 0.99999 > one["tbptt_cosine_last_cell"]
+    assert result["per_layer_bytes"] < result["joint_bytes"]
+
+
+def test_byte_stream(tmp_path):
+    arguments = ["--methods", "tbptt", "--seeds", "3", "--batch", "2", "--segment", "4", "--slot-size", "4"]
+    arguments += ["--tokens", "96", "--runs", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
+    (run,) = byte_stream.main([*arguments, "--out", str(tmp_path / "out.json")])
+    assert (run["tokens"], run["updates"], run["seed"]) == (96, 12, 3)
+    assert run["bits_per_byte"] == sum(bits for _, bits, _ in run["curve"]) / 12
+    assert run["bits_per_byte_by_tenth"][-1] == run["curve"][-1][1]
+    assert byte_stream.main(arguments) == [run]  # nothing is done twice
+    assert (tmp_path / "plot.png").exists() and (tmp_path / "out.json").exists()
 
 
 def test_comparison(tmp_path):
@@ -69,3 +133,32 @@ def test_break_even_length():
     ]
     assert compare.break_even(rows, "rtrl-64", "bptt", "peak_bytes") == pytest.approx(512)
     assert compare.break_even(rows[:5], "rtrl-64", "bptt", "peak_bytes") is None
+
+
+def test_haystack_long(tmp_path):
+    arguments = ["--methods", "tbptt", "--seeds", "1", "--length", "20", "--updates", "3", "--curriculum-updates", "2"]
+    arguments += ["--evaluate-at", "30", "--sequences", "10", "--long-length", "203", "--long-sequences", "9"]
+    arguments += ["--no-compile", "--runs", str(tmp_path)]
+    (run,) = haystack_long.main(arguments)
+    assert run["accuracy"]["30"]["sequences"] == 10 and run["long"]["sequences"] == 9
+    assert 0 <= run["long"]["correct"] <= 9
+    assert haystack_long.main(arguments) == [run]
+
+
+def test_a_long_scoring_goes_on_where_it_was(tmp_path):
+    cell = SlotMoECell(
+        input_size=8, slot_size=4, num_slots=2, num_experts=2, top_k=1, read_slots=1, write_slots=1, output_size=4
+    )
+    state, saved = cell.initial_state(50), []
+
+    def stream():
+        return TaskStream(Haystack(60, 50, seed=5), 11)
+
+    one = stream()
+    plain = haystack_long.chunk_of(cell, False)
+    whole = haystack_long.score(cell, one, plain, state, lambda h: saved.append((h, one.state_dict())), 0.0)
+    assert len(saved) == 5 and whole.asked == 50
+    for entered, position in saved:
+        other = stream()
+        other.load_state_dict(position)
+        assert haystack_long.score(cell, other, plain, entered) == whole

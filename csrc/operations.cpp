@@ -77,6 +77,72 @@ void loss_row_(Tensor P, Tensor u, Tensor groups) {
   });
 }
 
+bool is_complex(ScalarType dtype) {
+  return dtype == ScalarType::ComplexFloat || dtype == ScalarType::ComplexDouble;
+}
+
+ScalarType real_dtype(ScalarType dtype) {
+  if (dtype == ScalarType::ComplexFloat) return ScalarType::Float;
+  return dtype == ScalarType::ComplexDouble ? ScalarType::Double : dtype;
+}
+
+void check_diagonal(const Tensor& P) {
+  const ScalarType real = real_dtype(P.scalar_type());
+  if ((real != ScalarType::Float && real != ScalarType::Double) || P.dim() != 3 || !P.is_contiguous()) {
+    fail("P", "be contiguous float32, float64, complex64 or complex128 of shape (B, R, J)", P);
+  }
+}
+
+template <typename Body>
+void for_real_type(const Tensor& P, Body&& body) {
+  if (real_dtype(P.scalar_type()) == ScalarType::Float) {
+    body(float{});
+  } else {
+    body(double{});
+  }
+}
+
+void diagonal_update_(Tensor P, Tensor decay, Tensor delta, Tensor z, std::optional<Tensor> g,
+                      std::optional<Tensor> u) {
+  check_diagonal(P);
+  const ScalarType dtype = P.scalar_type();
+  const int64_t batch = P.size(0), rows = P.size(1), columns = P.size(2);
+  decay = checked("decay", decay, P, dtype, {batch, rows});
+  delta = checked("delta", delta, P, dtype, {batch, rows, -1});
+  z = checked("z", z, P, real_dtype(dtype), {batch, delta.size(2), columns});
+  if (g.has_value() != u.has_value()) {
+    throw std::invalid_argument(std::string("g and u must be given together or not at all, got ") +
+                                (g.has_value() ? "g without u" : "u without g"));
+  }
+  if (g.has_value()) {
+    checked_in_place("g", *g, P, dtype, {rows, columns});
+    u = checked("u", *u, P, dtype, {batch, rows});
+  }
+  for_real_type(P, [&](auto scalar) {
+    using T = decltype(scalar);
+    kernels<T>().diagonal_update({static_cast<T*>(P.mutable_data_ptr()), numbers<T>(decay), numbers<T>(delta),
+                                  numbers<T>(z), g.has_value() ? static_cast<T*>(g->mutable_data_ptr()) : nullptr,
+                                  u.has_value() ? numbers<T>(*u) : nullptr, batch, rows, columns, delta.size(2),
+                                  is_complex(dtype)},
+                                 kThreads);
+  });
+}
+
+void diagonal_loss_(Tensor g, Tensor P, Tensor u) {
+  check_diagonal(P);
+  const int64_t batch = P.size(0), rows = P.size(1), columns = P.size(2);
+  checked_in_place("g", g, P, P.scalar_type(), {rows, columns});
+  u = checked("u", u, P, P.scalar_type(), {batch, rows});
+  for_real_type(P, [&](auto scalar) {
+    using T = decltype(scalar);
+    // The kernel reads P alone; its arguments are those of the update.
+    kernels<T>().diagonal_loss({const_cast<T*>(numbers<T>(P)), nullptr, nullptr, nullptr,
+                                static_cast<T*>(g.mutable_data_ptr()), numbers<T>(u), batch, rows, columns, 0,
+                                is_complex(P.scalar_type())},
+                               kThreads);
+  });
+}
+
 // The kernels of the tree on the CPU.
 struct Cpu {
   static constexpr bool kReadsValues = true;
@@ -109,4 +175,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_rtrl, CPU, m) {
   m.impl("suffix_product", TORCH_BOX(&sparse_rtrl::suffix_product<sparse_rtrl::Cpu>));
   m.impl("catch_up_", TORCH_BOX(&sparse_rtrl::catch_up_<sparse_rtrl::Cpu>));
   m.impl("suffix_loss_rows", TORCH_BOX(&sparse_rtrl::suffix_loss_rows<sparse_rtrl::Cpu>));
+  m.impl("diagonal_update_", TORCH_BOX(&sparse_rtrl::diagonal_update_));
+  m.impl("diagonal_loss_", TORCH_BOX(&sparse_rtrl::diagonal_loss_));
 }

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.utils import _pytree as pytree
 
+from sparse_rtrl.gradient_method import (
+    GradientMethod,
+    RecurrentModel,
+    Tally,
+    backpropagate,
+    lyapunov_metrics,
+    unroll,
+)
+from sparse_rtrl.lyapunov import LyapunovRegularizer
 from sparse_rtrl.slot_cell import Routing, SlotCell
-from sparse_rtrl.tasks import Batch
-from sparse_rtrl.training import GradientMethod, RecurrentModel, Tally, answer_loss, split_batch, unroll
-
-
-class BPTT(GradientMethod):
-    """Backpropagation through the whole sequence: the exact gradient, memory that grows with the length.
-
-    Args:
-        model: a :class:`~sparse_rtrl.SlotCell` or a module that takes whole sequences.
-    """
-
-    def __init__(self, model: RecurrentModel) -> None:
-        self.model = model
-
-    def segments(self, batch: Batch, mean_per_segment: bool = False) -> Iterator[Tally]:
-        """One segment, the whole sequence; see :meth:`GradientMethod.segments`."""
-        outputs, _ = unroll(self.model, batch.x, self.model.initial_state(batch.x.shape[1]))
-        loss, tally = answer_loss(outputs, batch.target)
-        if tally.asked:
-            (loss / tally.asked).backward()
-        yield tally
 
 
 class TBPTT(GradientMethod):
@@ -37,27 +26,81 @@ class TBPTT(GradientMethod):
 
     Args:
         model: a :class:`~sparse_rtrl.SlotCell` or a module that takes whole sequences.
-        segment: steps per segment.
+        segment: steps per segment; None for a whole batch.
+        lyapunov: see :class:`~sparse_rtrl.gradient_method.GradientMethod`.
     """
 
-    def __init__(self, model: RecurrentModel, segment: int = 8) -> None:
-        if segment < 1:
+    def __init__(
+        self, model: RecurrentModel, segment: int | None = 8, lyapunov: LyapunovRegularizer | None = None
+    ) -> None:
+        if segment is not None and segment < 1:
             raise ValueError(f"segment must be at least 1, got {segment}")
         self.model = model
         self.segment = segment
+        self.lyapunov = lyapunov
+        self._state: Any = None
 
-    def segments(self, batch: Batch, mean_per_segment: bool = False) -> Iterator[Tally]:
-        """See :meth:`GradientMethod.segments`."""
-        state = self.model.initial_state(batch.x.shape[1])
-        for x, target, divisor in split_batch(batch, self.segment, mean_per_segment):
-            tally = Tally()
-            # A segment that asks nothing has no gradient here, so it needs no graph.
-            with torch.set_grad_enabled(divisor > 0):
-                outputs, state = unroll(self.model, x, state.detach())
-                if divisor:
-                    loss, tally = answer_loss(outputs, target)
-                    (loss / divisor).backward()
-            yield tally
+    def reset(self, streams: Tensor | None = None) -> None:
+        """See :meth:`GradientMethod.reset`."""
+        self._state = _started_anew(self.model, self._state, streams)
+        if self.lyapunov is not None:
+            self.lyapunov.reset(streams)
+
+    def learn(self, x: Tensor, target: Tensor, divisor: int) -> Tally:
+        """See :meth:`GradientMethod.learn`."""
+        state = self.model.initial_state(x.shape[1]) if self._state is None else self._state
+        penalty = None if self.lyapunov is None else self.lyapunov.loss(x, state)
+        # A segment that asks nothing has no gradient here, so it needs no graph.
+        with torch.set_grad_enabled(divisor > 0):
+            outputs, state = unroll(self.model, x, state)
+        tally = backpropagate(outputs, target, divisor, penalty)
+        self._state = pytree.tree_map(Tensor.detach, state)
+        return tally
+
+    def metrics(self) -> dict[str, Any]:
+        """The Lyapunov exponent, if it is watched."""
+        return lyapunov_metrics(self.lyapunov)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`GradientMethod.state_dict`."""
+        lyapunov = None if self.lyapunov is None else self.lyapunov.state_dict()
+        return {"state": self._state, "lyapunov": lyapunov}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`GradientMethod.load_state_dict`."""
+        self._state = state["state"]
+        if self.lyapunov is not None:
+            self.lyapunov.load_state_dict(state["lyapunov"])
+
+
+class BPTT(TBPTT):
+    """Backpropagation through the whole batch: the exact gradient of its sequences, memory that grows with the length.
+
+    On a stream that is not reset between batches the gradient ends where the batch begins.
+
+    Args:
+        model: a :class:`~sparse_rtrl.SlotCell` or a module that takes whole sequences.
+        lyapunov: see :class:`~sparse_rtrl.gradient_method.GradientMethod`.
+    """
+
+    def __init__(self, model: RecurrentModel, lyapunov: LyapunovRegularizer | None = None) -> None:
+        super().__init__(model, None, lyapunov)
+
+
+def _started_anew(model: RecurrentModel, state: Any, streams: Tensor | None) -> Any:
+    """The state with the initial one in some streams, a mask ``(B,)``; None stands for the initial state of all."""
+    if state is None or streams is None:
+        return None
+
+    def chosen(one: Tensor, two: Tensor, initial: Tensor, now: Tensor) -> Tensor:
+        # Streams are the dimension whose size follows the batch size: 0 of a slot cell's state, 1 of a GRU's.
+        dim = next(d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b)
+        shape = [1] * now.dim()
+        shape[dim] = len(streams)
+        return torch.where(streams.to(now.device).view(shape), initial.detach(), now)
+
+    initial = (model.initial_state(batch) for batch in (1, 2, len(streams)))
+    return pytree.tree_map(chosen, *initial, state)
 
 
 class RecurrentNetwork(nn.Module):
@@ -123,6 +166,9 @@ class DenseJacobianRTRL(GradientMethod):
 
     def __init__(self, cell: SlotCell) -> None:
         self.model: SlotCell = cell
+        self.segment = 1
+        self._state: Any = None
+        self._influence: Tensor | None = None
         self._written = _WrittenContent(cell)
         self._recurrent = {
             f"cell.{name}": parameter
@@ -136,26 +182,43 @@ class DenseJacobianRTRL(GradientMethod):
 
         self._jacobians = vmap(jacrev(written, argnums=(0, 1, 2)), in_dims=(None, 0, 0, 0, 0, 0, 0))
 
-    def segments(self, batch: Batch, mean_per_segment: bool = False) -> Iterator[Tally]:
-        """Segments of one step; see :meth:`GradientMethod.segments`."""
+    def reset(self, streams: Tensor | None = None) -> None:
+        """See :meth:`GradientMethod.reset`."""
+        self._state = _started_anew(self.model, self._state, streams)
+        if self._influence is not None:
+            kept = None if streams is None else ~streams.to(self._influence.device)
+            self._influence = None if kept is None else self._influence * kept.view(-1, 1, 1)
+
+    def learn(self, x: Tensor, target: Tensor, divisor: int) -> Tally:
+        """A segment of one step; see :meth:`GradientMethod.learn`."""
         cell = self.model
-        state = cell.initial_state(batch.x.shape[1])
-        size = sum(parameter.numel() for parameter in self._recurrent.values())
-        influence = state.new_zeros(state.shape[0], cell.hidden_size, size)  # (B, H, N)
-        for x, target, divisor in split_batch(batch, 1, mean_per_segment):
-            entry = state.detach().requires_grad_(divisor > 0)
-            with torch.no_grad():
-                routing = cell.route(x[0], entry)
-            with torch.set_grad_enabled(divisor > 0):
-                output, _, state = cell(x[0], entry, routing)
-            tally = Tally()
-            if divisor:
-                loss, tally = answer_loss(output[None], target)
-                (loss / divisor).backward()
-                self._add_carried_gradient(entry.grad, influence)
-            # After the loss, which needs the influence of its entry; before the yield, which may step the parameters.
-            self._update_influence(influence, x[0], entry.detach(), routing)
-            yield tally
+        state = cell.initial_state(x.shape[1]) if self._state is None else self._state
+        if self._influence is None:
+            size = sum(parameter.numel() for parameter in self._recurrent.values())
+            self._influence = state.new_zeros(state.shape[0], cell.hidden_size, size)  # (B, H, N)
+        entry = state.detach().requires_grad_(divisor > 0)
+        with torch.no_grad():
+            routing = cell.route(x[0], entry)
+        with torch.set_grad_enabled(divisor > 0):
+            output, _, state = cell(x[0], entry, routing)
+        tally = Tally()
+        if divisor:
+            tally = backpropagate(output[None], target, divisor)
+            self._add_carried_gradient(entry.grad, self._influence)
+        # After the loss, which needs the influence of its entry; before the parameters are stepped.
+        self._update_influence(self._influence, x[0], entry.detach(), routing)
+        self._state = pytree.tree_map(Tensor.detach, state)
+        return tally
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`GradientMethod.state_dict`."""
+        # The state is replaced by every step, the influence changed in place.
+        return {"state": self._state, "influence": None if self._influence is None else self._influence.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`GradientMethod.load_state_dict`."""
+        self._state = state["state"]
+        self._influence = None if state["influence"] is None else state["influence"].clone()
 
     def _add_carried_gradient(self, entry_grad: Tensor | None, influence: Tensor) -> None:
         if entry_grad is None:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_rtrl.carry_estimate import CarryEstimate, estimate_carry
+from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
-from sparse_rtrl.methods import METHODS, Method
+from sparse_rtrl.estimate import DiagonalEstimate, estimate
+from sparse_rtrl.methods import METHODS, Diagonal, Method, Past
 from sparse_rtrl.parameter_uses import SegmentGraph, walk
 from sparse_rtrl.parameters import RecurrentParameter
 from sparse_rtrl.precision import full_precision
@@ -65,7 +67,8 @@ class Carry:
     with ``θ`` the parameters that reach the state; :meth:`estimate` says what that comes to.
 
     The state may be a tensor, a tuple or any nest of them; several layers are carried as one joint state, which is
-    exact. Streams that restart inside the nest (``torch.where(mask, h0, h)`` on what ``carry`` returned) lose their
+    exact. For a :class:`~sparse_rtrl.DiagonalCell` the influence is about as large as its parameters. Streams that
+    restart inside the nest (``torch.where(mask, h0, h)`` on what ``carry`` returned) lose their
     influence by themselves. Dropout is exact too: the gradient is that of the masks that were drawn.
 
     For those who cannot afford the exact gradient there are approximations. Each is exact within a segment, and differs
@@ -123,7 +126,11 @@ class Carry:
         self._include = None if include is None else list(include)
         self._exclude = list(exclude or ())
         self._check_selection()
-        self._past = METHODS[method](commit_every, generator)
+        self._past: Past | Diagonal
+        if isinstance(module, DiagonalCell) and method == "exact":
+            self._past = Diagonal(module, commit_every)
+        else:
+            self._past = METHODS[method](commit_every, generator)
         self._trainable = {p.name for p in self._selected() if p.trainable}
         self._entry: Tensor | None = None
         self._opened: _Entry | None = None
@@ -220,7 +227,7 @@ class Carry:
         """Bytes kept of the past now."""
         return self._past.kept_bytes()
 
-    def estimate(self, state: Any) -> CarryEstimate:
+    def estimate(self, state: Any) -> CarryEstimate | DiagonalEstimate:
         """Work out what carrying costs, before anything is allocated.
 
         Args:
@@ -231,6 +238,8 @@ class Carry:
             The costs; printed, they come with their formulas.
         """
         end = self._flat(pytree.tree_flatten(state)[0])
+        if isinstance(self._past, Diagonal):
+            return estimate(self._past.cell, len(end))
         graph = walk(end, None if self._entry is None else self._entry.grad_fn)
         trainable = [p for p in self._selected() if p.trainable]
         reached = [p for p in trainable if id(p.tensor) in graph.accumulators]
@@ -252,8 +261,8 @@ class Carry:
         self._entry = self._opened = None
 
     def _flat(self, leaves: list[Any]) -> Tensor:
-        """The floating-point tensors of a state side by side, ``(B, H)``, at least float32."""
-        parts = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        """The floating-point tensors of a state side by side, ``(B, H)``, at least float32; complex ones as pairs."""
+        parts = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves if _is_number(leaf)]
         if not parts:
             raise ValueError("state must hold at least one floating-point tensor")
         sizes = {part.shape[self.batch_dim] if part.dim() > self.batch_dim else None for part in parts}
@@ -267,11 +276,12 @@ class Carry:
         """The tensors of a state from ``(B, H)``, in the shapes and dtypes of ``leaves``."""
         out, start = [], 0
         for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                shape = leaf.movedim(self.batch_dim, 0).shape
+            if _is_number(leaf):
+                like = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+                shape = like.movedim(self.batch_dim, 0).shape
                 size = shape[1:].numel()
-                part = flat[:, start : start + size].reshape(shape).movedim(0, self.batch_dim)
-                out.append(part.to(leaf.dtype))
+                part = flat[:, start : start + size].reshape(shape).movedim(0, self.batch_dim).to(like.dtype)
+                out.append(torch.view_as_complex(part.contiguous()) if leaf.is_complex() else part)
                 start += size
             else:
                 out.append(leaf)
@@ -357,6 +367,10 @@ class Carry:
             for p in _parameters_of(self.module)
             if (self._include is None or _matches(p.name, self._include)) and not _matches(p.name, self._exclude)
         ]
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

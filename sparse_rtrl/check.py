@@ -5,30 +5,42 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparse_rtrl.diagonal_cell import DiagonalCell
+from sparse_rtrl.diagonal_structure import find_layouts
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.expert_bank import ExpertBank
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots
 
 
-def check_cell(cell: SlotCell, x: Tensor, h: Tensor) -> None:
+def check_cell(cell: SlotCell | DiagonalCell, x: Tensor, h: Tensor) -> None:
     """Check one step of a cell against its dense Jacobians, in float64 on a copy.
 
-    Checked are: the written slots and the output depend only on declared slots; other slots are copied bit for bit;
+    Checked are, of a diagonal cell: a new state entry depends only on the old entry at its place, holomorphically if
+    it is complex; all parameters that reach the state do so through ``project``, as linear maps of the input or as
+    learned values; parameters under ``readout`` do not reach it; every parameter receives some gradient; rows of the
+    batch do not influence each other.
+
+    Of a slot cell: the written slots and the output depend only on declared slots; other slots are copied bit for bit;
     experts that are not active have no influence; parameters under ``readout`` do not reach the state; every parameter
     receives some gradient; rows of the batch do not influence each other; ``transition`` is the first part of
     ``update``.
 
     Args:
         cell: the cell.
-        x: an input ``(B, ...)``; more rows find more.
-        h: a state ``(B, S, D)``, best with random content: at a state of zeros little can be seen.
+        x: an input ``(B, ...)``; more rows find more. For a diagonal cell with ``previous_input``, of
+            ``2 * input_size`` numbers.
+        h: a state ``(B, S, D)``, or the entries ``(B, *state_shape)`` of a diagonal cell, best with random content: at
+            a state of zeros little can be seen.
 
     Raises:
         ContractError: naming every violation.
     """
+    if isinstance(cell, DiagonalCell):
+        check_diagonal_cell(cell, x, h)
+        return
     cell = copy.deepcopy(cell).double()
     x = x.detach().double() if x.is_floating_point() else x
     h = h.detach().double().requires_grad_()
@@ -138,3 +150,64 @@ def _parameter_violations(
     if not torch.equal(cell.transition(x, h_read, h_write, routing), cell.update(x, h_read, h_write, routing)[0]):
         out.append("transition differs from what update returns first")
     return out
+
+
+def check_diagonal_cell(cell: DiagonalCell, x: Tensor, h: Tensor) -> None:
+    """Check one step of a diagonal cell, see :func:`check_cell`.
+
+    Raises:
+        ContractError: naming every violation.
+    """
+    cell = copy.deepcopy(cell).double()
+    x = x.detach().double()
+    h = h.detach().to(torch.complex128 if cell.complex_state else torch.float64).requires_grad_()
+    if tuple(h.shape[1:]) != cell.state_shape or len(h) != len(x):
+        raise ValueError(f"h must have shape ({len(x)}, {', '.join(map(str, cell.state_shape))}), got {tuple(h.shape)}")
+    find_layouts(cell)
+    with torch.enable_grad():
+        projections = cell.project(x)
+        values = [projection.value for projection in projections]
+        new = cell.step(h, *values)
+        output = cell.output(x, h, new, *values)
+    violations = _mixing(new, h)
+    violations += _batch_mixing("output", output, h)
+    named = [(name, p) for name, p in cell.named_parameters() if p.requires_grad]
+    reached = _reached(new, named)
+    violations += [f"readout parameter {name} reaches the state" for name in reached if name.startswith("readout.")]
+    reached |= _reached(output, named)
+    violations += [f"no gradient reaches parameter {name}" for name, _ in named if name not in reached]
+    if violations:
+        raise ContractError(violations)
+
+
+def _mixing(new: Tensor, h: Tensor) -> list[str]:
+    """New state entries that depend on old ones elsewhere, one backward pass per entry."""
+    for place in range(new.numel()):
+        weight = torch.zeros_like(new).view(-1)
+        weight[place] = 1
+        (row,) = torch.autograd.grad(new, h, weight.view_as(new), retain_graph=True, allow_unused=True)
+        others = [] if row is None else [i for i in row.flatten().nonzero().flatten().tolist() if i != place]
+        if others:
+            return [f"entries mix: entry {place} of the new states depends on old entries {others}"]
+    return []
+
+
+def _batch_mixing(name: str, value: Tensor, h: Tensor) -> list[str]:
+    for row in range(len(value)):
+        if not value.requires_grad:
+            return []
+        (gradient,) = torch.autograd.grad(value[row].abs().sum(), h, retain_graph=True, allow_unused=True)
+        others = [] if gradient is None else [b for b in range(len(h)) if b != row and bool(gradient[b].any())]
+        if others:
+            return [f"rows of the batch influence each other: {name} of stream {row} depends on {others}"]
+    return []
+
+
+def _reached(value: Tensor, named: list[tuple[str, nn.Parameter]]) -> set[str]:
+    """Names of the parameters that a value depends on."""
+    if not value.requires_grad:
+        return set()
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    cotangent = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+    found = torch.autograd.grad(value, [p for _, p in named], cotangent, retain_graph=True, allow_unused=True)
+    return {name for (name, _), gradient in zip(named, found, strict=True) if gradient is not None and gradient.any()}

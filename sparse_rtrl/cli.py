@@ -72,6 +72,11 @@ class CellName(str, Enum):
 
     slot_moe = "slot-moe"
     sparse_latent_moe = "sparse-latent-moe"
+    lru = "lru"
+    retention = "retention"
+    rwkv = "rwkv"
+    mamba = "mamba"
+    elstm = "elstm"
 
 
 class TaskName(str, Enum):
@@ -83,12 +88,34 @@ class TaskName(str, Enum):
     recall = "recall"
 
 
-_CELL, _TASK, _OPTIMIZER, _OUTPUT = "Cell", "Task", "Training", "Output"
+class TrainingData(str, Enum):
+    """The tasks, and the kinds of corpora that :data:`~sparse_rtrl.contestant.CORPORA` names."""
+
+    haystack = "haystack"
+    copy = "copy"
+    anbn = "anbn"
+    recall = "recall"
+    bytes = "bytes"
+    fasta = "fasta"
+
+
+_CELL, _TASK, _OPTIMIZER, _OUTPUT, _LONG = "Cell", "Task", "Training", "Output", "Long runs"
+
+EXIT_INTERRUPTED = 75
+"""Exit status of ``train`` after SIGTERM or SIGINT: everything is saved, ``--resume`` goes on (EX_TEMPFAIL)."""
+
+_CHANGEABLE = {
+    *("updates", "learning_rate", "final_learning_rate", "clip_norm", "weight_decay", "influence_cap", "threads"),
+    *("checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "log_every"),
+}
+"""Options that may be given together with ``--resume``."""
 
 Methods = Annotated[list[Method], typer.Option("--method", "-m", help="Repeat the option for several methods.")]
 Cell = Annotated[CellName, typer.Option(help="The recurrent cell.", rich_help_panel=_CELL)]
 SlotSize = Annotated[int, typer.Option(help="Numbers per slot.", rich_help_panel=_CELL)]
-NumSlots = Annotated[int, typer.Option(help="Slots; a GRU or RNN gets the same state size.", rich_help_panel=_CELL)]
+NumSlots = Annotated[
+    int, typer.Option(help="Slots, or heads; other cells get slots * slot size units.", rich_help_panel=_CELL)
+]
 NumExperts = Annotated[int, typer.Option(help="Experts.", rich_help_panel=_CELL)]
 TopK = Annotated[int, typer.Option(help="Experts active in a step.", rich_help_panel=_CELL)]
 ReadSlots = Annotated[int, typer.Option(help="Slots read in a step.", rich_help_panel=_CELL)]
@@ -116,7 +143,7 @@ Pairs = Annotated[int, typer.Option(help="Recall: key-value pairs to remember.",
 BatchSize = Annotated[int, typer.Option(help="Streams.", rich_help_panel=_OPTIMIZER)]
 Updates = Annotated[int, typer.Option(help="Batches to train on.", rich_help_panel=_OPTIMIZER)]
 Segment = Annotated[int, typer.Option(help="Steps per segment of rtrl and tbptt.", rich_help_panel=_OPTIMIZER)]
-LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of Adam.", rich_help_panel=_OPTIMIZER)]
+LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.", rich_help_panel=_OPTIMIZER)]
 FinalLearningRate = Annotated[
     float,
     typer.Option("--final-lr", help="Learning rate at the last update, reached linearly.", rich_help_panel=_OPTIMIZER),
@@ -141,6 +168,10 @@ def _config(values: dict[str, Any]) -> RunConfig:
 
     task = values["task"].value
     options: dict[str, Any] = {}
+    if task in ("bytes", "fasta"):
+        values = {**values, "start_length": None, "eval_lengths": ()}
+    if values.get("corpus") is not None:
+        values = {**values, "corpus": str(values["corpus"])}
     if task == "haystack":
         distance = values.get("min_distance")
         options["min_distance"] = values["segment"] + 1 if distance is None else distance
@@ -155,8 +186,21 @@ def _config(values: dict[str, Any]) -> RunConfig:
     return RunConfig(**settings, task_options=options)
 
 
+def _changes(ctx: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given together with ``--resume``.
+
+    Raises:
+        ValueError: if one of them must be as it was.
+    """
+    given = {n for n in ctx.params if getattr(ctx.get_parameter_source(n), "name", "") == "COMMANDLINE"} - {"resume"}
+    if fixed := sorted(given - _CHANGEABLE):
+        raise ValueError(f"{', '.join(fixed)} cannot differ from the run that --resume goes on with; leave it out")
+    return {name: getattr(_config(values), name) for name in given}
+
+
 @app.command(rich_help_panel="Learn")
 def train(
+    ctx: typer.Context,
     method: Annotated[Method, typer.Option("--method", "-m", help="Where the gradient comes from.")] = Method.rtrl,
     cell: Cell = CellName.slot_moe,
     slot_size: SlotSize = 16,
@@ -165,8 +209,35 @@ def train(
     top_k: TopK = 2,
     read_slots: ReadSlots = 2,
     write_slots: WriteSlots = 2,
-    task: TaskChoice = TaskName.haystack,
-    length: Length = 128,
+    task: Annotated[
+        TrainingData,
+        typer.Option(
+            help="What to learn: a task, or to predict the next byte of files (bytes) or the next base of DNA (fasta).",
+            rich_help_panel=_TASK,
+        ),
+    ] = TrainingData.haystack,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tasks bytes and fasta: a file, or a folder whose files are read one after the other; without it, "
+            "bytes reads the source of Python's standard library.",
+            rich_help_panel=_TASK,
+        ),
+    ] = None,
+    reset_at_borders: Annotated[
+        bool,
+        typer.Option(
+            help="Tasks bytes and fasta: start a new sequence with every file, or FASTA sequence.",
+            rich_help_panel=_TASK,
+        ),
+    ] = False,
+    length: Annotated[
+        int,
+        typer.Option(
+            help="Steps per sequence at the end of training; of bytes and fasta, steps per update.",
+            rich_help_panel=_TASK,
+        ),
+    ] = 128,
     start_length: StartLength = 12,
     curriculum_updates: CurriculumUpdates = None,
     curriculum_shape: CurriculumShape = "geometric",
@@ -178,6 +249,26 @@ def train(
     learning_rate: LearningRate = 1e-2,
     final_learning_rate: FinalLearningRate = 1e-3,
     clip_norm: ClipNorm = 1.0,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=_OPTIMIZER)] = 0.0,
+    influence_cap: Annotated[
+        float | None,
+        typer.Option(
+            help="Method rtrl: largest Frobenius norm of the influence of a stream and group; what exceeds it is "
+            "scaled down, which is logged and makes the gradient inexact.",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = None,
+    lyapunov_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Methods rtrl, bptt, tbptt: add this times the squared distance of the finite-time Lyapunov exponent "
+            "from its target to the loss of every segment; 0 only logs the exponent.",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = None,
+    lyapunov_target: Annotated[
+        float, typer.Option(help="Exponent aimed at, in nats per step.", rich_help_panel=_OPTIMIZER)
+    ] = 0.0,
     step_per_segment: StepPerSegment = False,
     seed: Seed = 0,
     threads: Threads = 1,
@@ -186,26 +277,56 @@ def train(
         list[int] | None,
         typer.Option(help="Length to score at; repeat for several; --length if absent.", rich_help_panel=_OPTIMIZER),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder, from its newest checkpoint, or from this checkpoint. Its own "
+            "options count; updates, learning rates, clipping, decay, cap, threads, logging, checkpoints may differ.",
+            rich_help_panel=_LONG,
+        ),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Minutes between two checkpoints.", rich_help_panel=_LONG)
+    ] = 5.0,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Updates between two checkpoints besides.", rich_help_panel=_LONG)
+    ] = None,
+    keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints to keep.", rich_help_panel=_LONG)] = 3,
+    log_every: Annotated[int, typer.Option(help="Updates between two lines of metrics.", rich_help_panel=_LONG)] = 1,
     runs: Runs = Path("runs"),
     name: Name = None,
 ) -> None:
     """Train one model and keep everything about it in a run folder.
 
-    The folder gets `config.json`, `metrics.csv`, TensorBoard event files, `training.png`, `results.json` and the
-    parameters (`model.pt`).
+    The folder gets `config.json`, `metrics.jsonl`, `events.jsonl`, TensorBoard event files, `checkpoints/`,
+    `training.png`, `results.json` and the parameters (`model.pt`).
+
+    A run that was killed goes on with `--resume` as if nothing had happened, bit for bit. SIGTERM and SIGINT (Ctrl-C)
+    finish the segment, save and exit with status 75; a second one stops at once. A run that diverges stops with
+    status 2 and names the first bad step and the checkpoint from before it.
 
     **Examples**
 
     - `sparse-rtrl train` — sparse RTRL on the haystack, length growing from 12 to 128
     - `sparse-rtrl train -m tbptt --segment 8 --name truncated` — the same with truncated BPTT
     - `sparse-rtrl train --task recall --pairs 8 --start-length 40 --length 200 --slot-size 32`
+    - `sparse-rtrl train --cell lru --segment 1` — a linear recurrent unit, exact and fully online
     - `sparse-rtrl train --evaluate-at 128 --evaluate-at 10000` — score far beyond the training length
+    - `sparse-rtrl train --task bytes --corpus FILE --length 64 --updates 1000` — predict the next byte of any file;
+      `--task fasta` for DNA; without `--corpus` the source of Python's standard library
+    - `sparse-rtrl train --name long --updates 20000 --checkpoint-minutes 1` and then
+      `sparse-rtrl train --resume runs/long` — after a crash, a kill or Ctrl-C
     - `tensorboard --logdir runs` — look at all runs
     """
-    config = _config({**locals(), "eval_lengths": tuple(evaluate_at or [length])})
-    from sparse_rtrl.commands import train_one
+    values = {**locals(), "eval_lengths": tuple(evaluate_at or [length])}
+    from sparse_rtrl import commands
 
-    train_one(config, runs, name)
+    if resume is None:
+        finished = commands.train_one(_config(values), runs, name)
+    else:
+        finished = commands.resume(resume, _changes(ctx, values))
+    if not finished:
+        raise typer.Exit(code=EXIT_INTERRUPTED)
 
 
 @compare_app.command("direct")
@@ -362,6 +483,25 @@ def demo(
     from sparse_rtrl.commands import compare_on_one_task
 
     compare_on_one_task(config, ["rtrl", "bptt", "tbptt"], parallel, time_budget, runs, name, "demo")
+
+
+@app.command(rich_help_panel="Inspect")
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Folders of runs of sparse-rtrl train.", metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("report"),
+) -> None:
+    """Write one HTML page about runs, finished or not: curves, memory, expert load, slot use, and how they compare.
+
+    The page, `report.html`, holds its pictures and opens without a network; they are also written beside it as PNG.
+
+    **Examples**
+
+    - `sparse-rtrl report runs/long` — one run, also while it is going on
+    - `sparse-rtrl report runs/rtrl runs/truncated --out comparison`
+    """
+    from sparse_rtrl.run_report import write_report
+
+    typer.echo(f"The report is {write_report(run, out)}")
 
 
 @app.command(rich_help_panel="Inspect")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparse_rtrl import contestant, experiments, plots, report, runlog
+from sparse_rtrl.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
 from sparse_rtrl.contestant import RunConfig
 from sparse_rtrl.environment import compiled_parts, describe_environment
 from sparse_rtrl.gradient_check import GradientError, gradient_errors
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.plan import measured_rates, plan
+from sparse_rtrl.run import Run
 from sparse_rtrl.tasks import IGNORE, Batch
-from sparse_rtrl.training import train
+from sparse_rtrl.training import Training
 
 console = Console()
 
@@ -54,13 +58,12 @@ class _Bars:
 
     def update(self, label: str, event: dict[str, Any]) -> None:
         """Advance a bar; called from several threads, one per label."""
-        recent = self._recent[label]
-        recent.append(event["accuracy"])
+        recent = self._recent[label] = [*self._recent[label][-19:], event["accuracy"]]
         self._progress.update(
             self._bars[label],
             completed=event["update"],
             length=event["length"],
-            accuracy=f"{plots.rolling_mean(recent[-20:], 20)[-1]:.0%}",
+            accuracy=f"{plots.rolling_mean(recent, 20)[-1]:.0%}",
             rate=f"{event['tokens'] / max(event['seconds'], 1e-9):,.0f}",
         )
 
@@ -78,38 +81,133 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train_one(config: RunConfig, runs: Path, name: str | None) -> None:
-    """Train in this process, logging to a run folder, and score."""
-    torch.set_num_threads(config.threads)
-    trainer, stream = contestant.build_trainer(config), contestant.build_stream(config)
+def train_one(config: RunConfig, runs: Path, name: str | None) -> bool:
+    """Train in this process, logging and saving to a new run folder, and score; whether it was not interrupted."""
+    training = _build_training(config)  # reports unfit options before there is a folder
     folder = runlog.create_run_folder(runs, name, f"{config.task}-{config.method}")
-    label = experiments.label_of(config)
-    with runlog.RunLog(folder, asdict(config)) as log:
-        with _bars({label: config.updates}) as bars:
-            for progress in train(trainer, stream, config.updates):
-                log.update(progress)
-                bars.update(label, log.rows[-1])
-        results = {}
-        for length in config.eval_lengths:
-            accuracy = contestant.evaluate_at(config, trainer, length)
-            log.evaluation(config.updates, length, accuracy.value)
-            level = contestant.chance(config, length)
-            results[length] = asdict(accuracy) | {
-                "value": accuracy.value,
-                "interval": accuracy.interval,
-                "chance": level,
-            }
-            console.print(
-                f"length {length:,}: {report.format_accuracy(accuracy)} on {accuracy.sequences:,} fresh sequences"
-                f" (chance {level:.1%})",
-                highlight=False,
-            )
-        runlog.write_json(folder / "results.json", {"label": label, "accuracy": results})
-        torch.save(trainer.method.model.state_dict(), folder / "model.pt")  # type: ignore[attr-defined]
-        plots.plot_training(
-            log.rows, contestant.chance(config, config.length), f"{config.task}, {label}", folder / "training.png"
+    write_config(folder, config)
+    return _train(training, config, folder, None, {})
+
+
+def resume(path: Path, changes: dict[str, Any]) -> bool:
+    """Go on with a run; whether it was not interrupted again.
+
+    Args:
+        path: its folder, for its newest checkpoint, or one of its checkpoints.
+        changes: settings that differ from now on.
+    """
+    folder = path if path.is_dir() else path.parent.parent
+    if not (folder / "config.json").exists():
+        raise ValueError(f"resume must be the folder of a run or one of its checkpoints, got {path}")
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    found = checkpoints.load_newest() if path.is_dir() else (path, load_checkpoint(path))
+    if found is None:  # killed before the first was written
+        settings = json.loads((folder / "config.json").read_text())
+        settings.pop("environment")
+    elif "description" not in found[1]:
+        raise CheckpointError(f"{found[0]} is no checkpoint of a run of sparse-rtrl train")
+    else:
+        settings = found[1]["description"]["config"]
+    config = RunConfig.from_dict({**settings, **changes})
+    return _train(_build_training(config), config, folder, found, changes)
+
+
+def _build_training(config: RunConfig) -> Training:
+    torch.set_num_threads(config.threads)
+    return Training(contestant.build_trainer(config), contestant.build_stream(config), config.updates)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the configuration of a run, from which :func:`resume` starts it if it has no checkpoint yet."""
+    runlog.write_json(folder / "config.json", asdict(config) | {"environment": describe_environment()})
+
+
+def _train(
+    training: Training,
+    config: RunConfig,
+    folder: Path,
+    found: tuple[Path, dict[str, Any]] | None,
+    changes: dict[str, Any],
+) -> bool:
+    """Train from the beginning, or from a checkpoint that was found, and score."""
+    state = None if found is None else found[1]
+    with runlog.RunLog(folder, resume_at=state["training"]["update"] if state else 0) as log:
+        run = Run(
+            training,
+            log,
+            CheckpointFolder(folder / "checkpoints", config.keep_checkpoints),
+            {"config": asdict(config), "torch": str(torch.__version__)},
+            60 * config.checkpoint_minutes,
+            config.checkpoint_every,
+            config.log_every,
         )
+        if found is None:
+            log.event("started", 0, 0)
+        else:
+            _go_on(run, *found, changes)
+        label = experiments.label_of(config)
+        with _bars({label: config.updates}) as bars:
+            stopped_by = run.carry_out(lambda row: bars.update(label, row))
+        if stopped_by is not None:
+            console.print(f"{stopped_by}: saved after update {training.update}. Go on with --resume {folder}")
+            return False
+        _score(config, training, log)
     console.print(f"Everything is in {folder}")
+    return True
+
+
+def _go_on(run: Run, path: Path, state: dict[str, Any], changes: dict[str, Any]) -> None:
+    run.load_state_dict(state)
+    run.checkpoints.set_aside_after(path)
+    training, before = run.training, state["description"]
+    run.log.event("resumed", training.update, training.tokens, checkpoint=path.name, changed=sorted(changes))
+    if changes:
+        write_config(run.log.folder, RunConfig.from_dict(run.description["config"]))
+    if before["torch"] != torch.__version__:
+        console.print(f"Saved with torch {before['torch']}, going on with {torch.__version__}: not bit for bit")
+
+
+def _bits_per_symbol(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Cross entropy in bits over the whole stream and over its last tenth, from the lines of metrics."""
+    begins = [0, *(row["tokens"] for row in rows)]
+    late = [(row, begin) for row, begin in zip(rows, begins, strict=False) if row["tokens"] > 0.9 * begins[-1]]
+    bits = {}
+    for name, part in (("stream", list(zip(rows, begins, strict=False))), ("last_tenth", late)):
+        told = [(row["loss"], row["tokens"] - begin) for row, begin in part if not math.isnan(row["loss"])]
+        bits[name] = sum(loss * count for loss, count in told) / sum(count for _, count in told) / math.log(2)
+    return bits
+
+
+def _score(config: RunConfig, training: Training, log: runlog.RunLog) -> None:
+    folder, model, label = log.folder, training.trainer.method.model, experiments.label_of(config)
+    rows = runlog.read_lines(folder / "metrics.jsonl")
+    results = {}
+    for length in config.eval_lengths:
+        accuracy = contestant.evaluate_at(config, training.trainer, length)
+        log.evaluation(training.update, length, accuracy.value)
+        level = contestant.chance(config, length)
+        results[length] = asdict(accuracy) | {
+            "value": accuracy.value,
+            "interval": accuracy.interval,
+            "chance": level,
+        }
+        console.print(
+            f"length {length:,}: {report.format_accuracy(accuracy)} on {accuracy.sequences:,} fresh sequences"
+            f" (chance {level:.1%})",
+            highlight=False,
+        )
+    summary: dict[str, Any] = {"label": label, "accuracy": results}
+    if config.task in contestant.CORPORA:
+        bits = summary["bits_per_symbol"] = _bits_per_symbol(rows)
+        console.print(f"bits per symbol: {bits['stream']:.3f} over the stream, {bits['last_tenth']:.3f} at its end")
+    runlog.write_json(folder / "results.json", summary)
+    torch.save(model.state_dict(), folder / "model.pt")
+    plots.plot_training(
+        rows,
+        training.stream.chance,
+        f"{config.task}, {label}",
+        folder / "training.png",
+    )
 
 
 def compare_on_one_task(
@@ -241,6 +339,8 @@ def _random_batch(length: int, batch_size: int, generator: torch.Generator) -> B
 
 def show_plan(config: RunConfig, flush_every: float, buffer: int | Literal["auto"], measure: bool) -> None:
     """Print the planner's decision for a configuration, and its cost table."""
+    if config.cell not in contestant.SLOT_CELLS:
+        raise ValueError(f"cell must have experts to plan for ({', '.join(contestant.SLOT_CELLS)}), got {config.cell}")
     cell = contestant.build_method(replace(config, method="bptt")).model
     groups = ParameterGroups.of_cell(cell)  # type: ignore[arg-type]
     rates: dict[str, Any] = measured_rates() if measure else {}

@@ -13,18 +13,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from sparse_rtrl.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
-from sparse_rtrl.cells import SlotMoECell, SparseLatentMoECell
+from sparse_rtrl.cells import (
+    ELSTMCell,
+    LRUCell,
+    MambaCell,
+    RetentionCell,
+    RWKVCell,
+    SlotMoECell,
+    SparseLatentMoECell,
+)
+from sparse_rtrl.corpora import ByteCorpus, Corpus, FastaCorpus, byte_corpus, fasta_corpus
+from sparse_rtrl.diagonal_cell import DiagonalCell
+from sparse_rtrl.evaluation import Accuracy, evaluate
+from sparse_rtrl.gradient_method import GradientMethod, SparseRTRL
+from sparse_rtrl.lyapunov import LyapunovRegularizer
 from sparse_rtrl.measurement import median_seconds, peak_growth
 from sparse_rtrl.slot_cell import SlotCell
-from sparse_rtrl.tasks import TASKS, Batch, Curriculum, Task
-from sparse_rtrl.training import Accuracy, GradientMethod, Progress, SparseRTRL, Trainer, evaluate, train
+from sparse_rtrl.streams import CorpusStream
+from sparse_rtrl.tasks import TASKS, Curriculum, Stream, Task
+from sparse_rtrl.training import Progress, Trainer, train
 
 METHODS = {
     "rtrl": "exact sparse RTRL, in segments",
@@ -36,8 +51,23 @@ METHODS = {
 }
 """Methods by the name they have on the command line."""
 
-CELLS: dict[str, Callable[..., SlotCell]] = {"slot-moe": SlotMoECell, "sparse-latent-moe": SparseLatentMoECell}
-"""Cells by the name they have on the command line."""
+SLOT_CELLS: dict[str, Callable[..., SlotCell]] = {"slot-moe": SlotMoECell, "sparse-latent-moe": SparseLatentMoECell}
+"""Slot cells by the name they have on the command line."""
+
+DIAGONAL_CELLS: dict[str, Callable[..., DiagonalCell]] = {
+    "lru": LRUCell,
+    "retention": RetentionCell,
+    "rwkv": RWKVCell,
+    "mamba": MambaCell,
+    "elstm": ELSTMCell,
+}
+"""Diagonal cells by the name they have on the command line."""
+
+CELLS = (*SLOT_CELLS, *DIAGONAL_CELLS)
+"""Names of all cells."""
+
+CORPORA = {"bytes": ByteCorpus, "fasta": FastaCorpus}
+"""Kinds of corpora by the name they have as a task on the command line."""
 
 # Half of the 32 bits that PyTorch's CPU generator takes of a seed: no run is scored on the stream it trained on.
 _EVALUATION_SEED = 1 << 31
@@ -51,15 +81,18 @@ class RunConfig:
         method: one of :data:`METHODS`.
         cell: one of :data:`CELLS`; ignored by the methods that bring their own network.
         slot_size: numbers per slot ``D``.
-        num_slots: slots ``S``; plain networks get the same state size ``S * D``.
+        num_slots: slots ``S``; plain networks and diagonal cells get as many units as ``S * D``, see
+            :func:`build_cell`.
         num_experts: experts ``E``.
         top_k: experts active in a step.
         read_slots: slots read in a step.
         write_slots: slots written in a step.
         cell_options: further arguments of the cell.
-        task: one of :data:`~sparse_rtrl.tasks.TASKS`.
+        task: one of :data:`~sparse_rtrl.tasks.TASKS`, or of :data:`CORPORA` to predict the next symbol of real data.
         task_options: further arguments of the task.
-        length: length of the sequences at the end of the training.
+        corpus: file or folder of a corpus; None for the standard library's source if ``task`` is ``bytes``.
+        reset_at_borders: see :class:`~sparse_rtrl.streams.CorpusStream`.
+        length: length of the sequences at the end of the training; of a corpus, steps per update.
         start_length: length at its beginning; None for ``length``, that is no curriculum.
         curriculum_updates: updates until ``length`` is reached; None for all ``updates``.
         curriculum_shape: see :class:`~sparse_rtrl.tasks.Curriculum`.
@@ -67,16 +100,25 @@ class RunConfig:
         updates: batches to train on.
         segment: steps per segment of rtrl and tbptt.
         buffer: segments the tree keeps (rtrl).
-        commit_every: see :class:`~sparse_rtrl.training.SparseRTRL`.
+        commit_every: see :class:`~sparse_rtrl.gradient_method.SparseRTRL`.
         catch_up: see :class:`~sparse_rtrl.RTRL`.
-        learning_rate: of Adam.
+        learning_rate: of AdamW.
         final_learning_rate: learning rate at the last update, reached linearly; None for constant.
         clip_norm: largest gradient norm; None for no clipping.
+        weight_decay: of AdamW.
+        influence_cap: see :class:`~sparse_rtrl.gradient_method.SparseRTRL`; for the method rtrl only.
+        lyapunov_weight: weight of the Lyapunov regularizer, added to the loss of every segment; 0 only watches the
+            exponent, None does neither. For slot cells with rtrl, bptt and tbptt.
+        lyapunov_target: exponent it aims at, in nats per step.
         step_per_segment: step after every segment that asks something instead of once per batch.
         seed: of the parameters and of the training sequences.
         threads: threads of PyTorch.
         eval_lengths: lengths to evaluate at after the training.
         eval_sequences: fresh sequences per length.
+        checkpoint_minutes: minutes between two checkpoints of ``sparse-rtrl train``; saving changes nothing in a run.
+        checkpoint_every: updates between two checkpoints besides; None for none.
+        keep_checkpoints: newest checkpoints to keep.
+        log_every: updates between two lines of metrics.
     """
 
     method: str = "rtrl"
@@ -90,6 +132,8 @@ class RunConfig:
     cell_options: dict[str, Any] = field(default_factory=dict)
     task: str = "haystack"
     task_options: dict[str, Any] = field(default_factory=dict)
+    corpus: str | None = None
+    reset_at_borders: bool = False
     length: int = 128
     start_length: int | None = None
     curriculum_updates: int | None = None
@@ -103,24 +147,46 @@ class RunConfig:
     learning_rate: float = 1e-2
     final_learning_rate: float | None = None
     clip_norm: float | None = 1.0
+    weight_decay: float = 0.0
+    influence_cap: float | None = None
+    lyapunov_weight: float | None = None
+    lyapunov_target: float = 0.0
     step_per_segment: bool = False
     seed: int = 0
     threads: int = 1
     eval_lengths: tuple[int, ...] = ()
     eval_sequences: int = 1000
+    checkpoint_minutes: float = 5.0
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 3
+    log_every: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("method", self.method, METHODS),
             ("cell", self.cell, CELLS),
-            ("task", self.task, TASKS),
+            ("task", self.task, (*TASKS, *CORPORA)),
             ("catch_up", self.catch_up, ("auto", "eager", "replay", "product")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
-        for name in ("batch_size", "updates", "segment", "threads", "eval_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        least_one = ("batch_size", "updates", "segment", "threads", "eval_sequences", "keep_checkpoints", "log_every")
+        for name in (*least_one, "checkpoint_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint_minutes must be positive, got {self.checkpoint_minutes}")
+        if self.influence_cap is not None and self.method != "rtrl":
+            raise ValueError(f"influence_cap must be None for the method {self.method}, got {self.influence_cap}")
+
+        if self.lyapunov_weight is not None and self.method not in ("rtrl", "bptt", "tbptt"):
+            raise ValueError(f"lyapunov_weight must be None for the method {self.method}, got {self.lyapunov_weight}")
+        if self.task not in CORPORA and (self.corpus is not None or self.reset_at_borders):
+            raise ValueError(f"corpus and reset_at_borders are for the tasks {', '.join(CORPORA)}, got {self.task}")
+        if self.task in CORPORA and (self.eval_lengths or self.start_length is not None):
+            raise ValueError(f"eval_lengths and start_length are for sequences; {self.task} is a stream without end")
+        if self.task == "fasta" and self.corpus is None:
+            raise ValueError("corpus must name a FASTA file or a folder of them for the task fasta, got None")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
@@ -137,31 +203,72 @@ def build_task(config: RunConfig, length: int, batch_size: int, seed: int) -> Ta
     return TASKS[config.task](length, batch_size, seed=seed, **config.task_options)
 
 
-def build_stream(config: RunConfig) -> Iterable[Batch]:
-    """The training sequences of a run: the task, under a curriculum if the run has one."""
+def build_stream(config: RunConfig) -> Stream:
+    """What a run trains on: its corpus, or the sequences of its task, under a curriculum if the run has one."""
+    if config.task in CORPORA:
+        path = None if config.corpus is None else Path(config.corpus)
+        corpus = fasta_corpus(path) if config.task == "fasta" and path is not None else byte_corpus(path)
+        return CorpusStream(corpus, config.batch_size, config.length, config.reset_at_borders)
     start = config.length if config.start_length is None else config.start_length
     task = build_task(config, config.length, config.batch_size, config.seed)
     updates = config.curriculum_updates or config.updates
     return Curriculum(task, start, config.length, updates, config.curriculum_shape)
 
 
+def build_cell(config: RunConfig, task: Task | type[Corpus]) -> SlotCell | DiagonalCell:
+    """The cell of a run.
+
+    A diagonal one has ``num_slots * slot_size`` units or channels, retention ``num_slots`` heads of ``slot_size``.
+    """
+    ends = {"input_size": task.input_size, "output_size": task.output_size}
+    if config.cell in SLOT_CELLS:
+        names = ("slot_size", "num_slots", "num_experts", "top_k", "read_slots", "write_slots")
+        sizes = {name: getattr(config, name) for name in names} | config.cell_options
+        return SLOT_CELLS[config.cell](**ends, **sizes)
+    units = config.num_slots * config.slot_size
+    sizes = {
+        "lru": {"hidden_size": units},
+        "elstm": {"hidden_size": units},
+        "rwkv": {"channels": units},
+        "mamba": {"channels": units},
+        "retention": {"num_heads": config.num_slots, "head_size": config.slot_size},
+    }[config.cell] | config.cell_options
+    return DIAGONAL_CELLS[config.cell](**ends, **sizes)
+
+
 def build_method(config: RunConfig) -> GradientMethod:
     """The model of a run, freshly initialised from its seed, and the way to its gradient."""
     torch.manual_seed(config.seed)
-    task = build_task(config, config.length, config.batch_size, config.seed)
+    kind = CORPORA.get(config.task)
+    task = kind or build_task(config, config.length, config.batch_size, config.seed)
     if config.method in ("gru-bptt", "rnn-bptt"):
         hidden_size = config.num_slots * config.slot_size
         return BPTT(RecurrentNetwork(config.method[:3], task.input_size, hidden_size, task.output_size))
-    sizes = {name: getattr(config, name) for name in ("slot_size", "num_slots", "num_experts", "top_k")}
-    sizes |= {"read_slots": config.read_slots, "write_slots": config.write_slots} | config.cell_options
-    cell = CELLS[config.cell](input_size=task.input_size, output_size=task.output_size, **sizes)
+    cell = build_cell(config, task)
+    lyapunov = None
+    if config.lyapunov_weight is not None:
+        if not isinstance(cell, SlotCell):
+            raise ValueError(f"lyapunov_weight is for the cells {', '.join(SLOT_CELLS)}, got cell {config.cell}")
+        weight, target = config.lyapunov_weight, config.lyapunov_target
+        lyapunov = LyapunovRegularizer(cell, config.batch_size, weight, target, config.seed)
     if config.method == "bptt":
-        return BPTT(cell)
+        return BPTT(cell, lyapunov)
     if config.method == "tbptt":
-        return TBPTT(cell, config.segment)
+        return TBPTT(cell, config.segment, lyapunov)
     if config.method == "jacrev":
+        if not isinstance(cell, SlotCell):
+            raise ValueError(f"method jacrev is for the cells {', '.join(SLOT_CELLS)}, got cell {config.cell}")
         return DenseJacobianRTRL(cell)
-    return SparseRTRL(cell, config.batch_size, config.segment, config.buffer, config.commit_every, config.catch_up)
+    return SparseRTRL(
+        cell,
+        config.batch_size,
+        config.segment,
+        config.buffer,
+        config.commit_every,
+        config.catch_up,
+        config.influence_cap,
+        lyapunov,
+    )
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -172,6 +279,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         config.final_learning_rate,
         config.clip_norm,
         config.step_per_segment,
+        config.weight_decay,
     )
 
 

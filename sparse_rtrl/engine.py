@@ -50,7 +50,7 @@ class Engine:
         refused = [
             f"{name or type(module).__name__} ({type(module).__name__}) {why}"
             for name, module in cell.named_modules()
-            for why in _refusals(module)
+            for why in refusals(module)
         ]
         if type(cell).forward is not SlotCell.forward:
             refused.append(f"{type(cell).__name__} overrides forward, which a learner does not call; override update")
@@ -93,6 +93,7 @@ class Engine:
             like.device,
             self.backend,
         )
+        self.influence.fused = self.fused
 
     @full_precision
     def tensors(self) -> list[Tensor]:
@@ -112,8 +113,8 @@ class Engine:
             now = (tensor.shape, tensor.dtype, tensor.device)
             if now != expected:
                 raise RuntimeError(
-                    f"parameter {parameter.name} was {_describe(*expected)} when the learner was built and is"
-                    f" {_describe(*now)} now: build a new learner after changing a cell"
+                    f"parameter {parameter.name} was {describe(*expected)} when the learner was built and is"
+                    f" {describe(*now)} now: build a new learner after changing a cell"
                 )
         return tensors
 
@@ -163,7 +164,7 @@ class Engine:
             last = position + 1 == steps.count
             values = (steps.saved[position], state) if last else (steps.saved[position],)
             if not all(bool(torch.isfinite(value).all()) for value in values):
-                self._check_parameters(steps.routing(position), tensors, self.steps + position)
+                self._check_parameters(steps.routings[position], tensors, self.steps + position)
                 for value in values:
                     check_finite(self.steps + position, {"the new state": value})
 
@@ -204,6 +205,16 @@ class Engine:
         }
         check_finite(number, values)
 
+    def past_gradients(self, position: int, u: Tensor, number: int) -> list[Tensor]:
+        """Gradients through the past before a segment, in the order of ``groups.all``.
+
+        Args:
+            position: place of the segment in the window.
+            u: gradient of the loss by the state that entered it, ``(B, S, D)``.
+            number: number of its first step, for messages.
+        """
+        return self.groups.split(*self.influence.loss_gradient(position, u.flatten(1), number))
+
     def add_to_grad(self, core: Tensor, experts: Tensor) -> None:
         """Add gradients with respect to the carried tensors to ``.grad``, back through parametrizations."""
         for parameter, gradient in zip(self.groups.all, self.groups.split(core, experts), strict=True):
@@ -220,17 +231,8 @@ class Engine:
             self.add_to_grad(*owed)
 
     def checked_mask(self, streams: Tensor | None) -> Tensor:
-        """A mask of streams ``(B,)`` on the engine's device; None stands for all.
-
-        Raises:
-            ValueError: if it is no boolean mask of that shape.
-        """
-        if streams is None:
-            return torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
-        got = f"{streams.dtype} {tuple(streams.shape)}" if isinstance(streams, Tensor) else type(streams).__name__
-        if got != f"{torch.bool} ({self.batch_size},)":
-            raise ValueError(f"streams must be a bool mask of shape ({self.batch_size},), got {got}")
-        return streams.to(self.device)
+        """A mask of streams ``(B,)`` on the engine's device, see :func:`checked_mask`."""
+        return checked_mask(streams, self.batch_size, self.device)
 
     def check_routing(self, routing: Routing) -> None:
         """Check that a routing is well formed.
@@ -256,7 +258,22 @@ class Engine:
                     )
 
 
-def _refusals(module: nn.Module) -> list[str]:
+def checked_mask(streams: Tensor | None, batch_size: int, device: torch.device) -> Tensor:
+    """A mask of streams ``(B,)`` on a device; None stands for all.
+
+    Raises:
+        ValueError: if it is no boolean mask of that shape.
+    """
+    if streams is None:
+        return torch.ones(batch_size, dtype=torch.bool, device=device)
+    got = f"{streams.dtype} {tuple(streams.shape)}" if isinstance(streams, Tensor) else type(streams).__name__
+    if got != f"{torch.bool} ({batch_size},)":
+        raise ValueError(f"streams must be a bool mask of shape ({batch_size},), got {got}")
+    return streams.to(device)
+
+
+def refusals(module: nn.Module) -> list[str]:
+    """Why a learner cannot run a module exactly, if it cannot."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
         return ["couples the rows of the batch in training; use a norm per row, or eval()"]
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
@@ -264,5 +281,6 @@ def _refusals(module: nn.Module) -> list[str]:
     return []
 
 
-def _describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    """A tensor's dtype, shape and device, for messages."""
     return f"{dtype} {tuple(shape)} on {device}"

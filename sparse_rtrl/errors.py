@@ -32,5 +32,30 @@ class NonFiniteError(FloatingPointError):
         self.step, self.streams, self.group = step, streams, group
 
 
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a segment is NaN or infinity; it was not backpropagated.
+
+    Attributes:
+        step: first such step, counted from the beginning of the segment.
+    """
+
+    def __init__(self, loss: float, step: int) -> None:
+        super().__init__(f"the loss is {loss}")
+        self.step = step
+
+
+class DivergenceError(FloatingPointError):
+    """A training met a loss, gradient, state or influence that is not finite, and stopped.
+
+    Attributes:
+        update: the update it happened in, counted from 1.
+        step: the step it happened at, counted from 0 at the beginning of the training.
+    """
+
+    def __init__(self, update: int, step: int, cause: str) -> None:
+        super().__init__(f"diverged at step {step}, in update {update}: {cause}")
+        self.update, self.step = update, step
+
+
 class BackendError(RuntimeError):
     """A backend was asked for that is not there; the message names the remedy."""

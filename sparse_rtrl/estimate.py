@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from sparse_rtrl.diagonal_cell import DiagonalCell
+from sparse_rtrl.diagonal_structure import find_layouts
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.slot_cell import Routing, SlotCell
 from sparse_rtrl.tree import ring_bytes, ring_widths
@@ -78,13 +82,87 @@ def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: int = 64) -> Estimate:
+@dataclass(frozen=True)
+class DiagonalEstimate:
+    """Costs of exact online learning for a diagonal cell and batch size.
+
+    Attributes:
+        batch_size: streams ``B``.
+        hidden_size: state entries of one stream.
+        recurrent_parameters: trainable parameters that reach the state, in real numbers.
+        influence_numbers: numbers kept per stream, complex ones counted twice, by value of ``project``.
+        influence_bytes: ``itemsize * B`` times their sum, constant in the length of the stream.
+        bptt_bytes_per_step: bytes that one step of BPTT saves for its backward pass, measured on one step.
+        break_even_length: length from which BPTT needs more memory than the influence.
+        step_bytes: influence that a step with a loss reads and writes.
+    """
+
+    batch_size: int
+    hidden_size: int
+    recurrent_parameters: int
+    influence_numbers: tuple[int, ...]
+    influence_bytes: int
+    bptt_bytes_per_step: int
+    break_even_length: float
+    step_bytes: int
+
+    def __str__(self) -> str:
+        numbers = sum(self.influence_numbers)
+        return (
+            f"influence: itemsize * B * {numbers} numbers with B = {self.batch_size}:"
+            f" {_mib(self.influence_bytes)}, at any length; {numbers / max(self.recurrent_parameters, 1):.2f} times the"
+            f" {self.recurrent_parameters} recurrent parameters; by value of project: {self.influence_numbers}\n"
+            f"BPTT: {self.bptt_bytes_per_step} bytes per step; more than the influence from length"
+            f" {self.break_even_length:.0f}\n"
+            f"update and gradient: {_mib(self.step_bytes)} of influence read and written per step with a loss"
+        )
+
+
+def estimate_diagonal(cell: DiagonalCell, batch_size: int) -> DiagonalEstimate:
+    """Work out the costs of :class:`~sparse_rtrl.RTRL` for a diagonal cell, see :func:`estimate`."""
+    like = cell.initial_entries(1)
+    with torch.enable_grad():
+        projections = cell.project(cell.zero_rows(1))
+    real_numbers = 2 if like.is_complex() else 1
+    numbers = tuple(
+        layout.rows[0] * layout.rows[1] * projection.columns * real_numbers
+        for layout, projection in zip(find_layouts(cell), projections, strict=True)
+        if layout is not None and any(tensor.requires_grad for tensor in projection.tensors)
+    )
+    item = like.element_size() // real_numbers
+    saved = _saved_bytes(cell, cell.zero_rows(batch_size)[:, : cell.input_size], batch_size)
+    needed = item * batch_size * sum(numbers)
+    return DiagonalEstimate(
+        batch_size=batch_size,
+        hidden_size=cell.hidden_size,
+        recurrent_parameters=sum(
+            p.numel() for name, p in cell.named_parameters() if p.requires_grad and not name.startswith("readout.")
+        ),
+        influence_numbers=numbers,
+        influence_bytes=needed,
+        bptt_bytes_per_step=saved,
+        break_even_length=needed / max(saved, 1),
+        step_bytes=2 * needed,
+    )
+
+
+@overload
+def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: int = 64) -> Estimate: ...
+
+
+@overload
+def estimate(cell: DiagonalCell, batch_size: int, x: Tensor | None = None, buffer: int = 64) -> DiagonalEstimate: ...
+
+
+def estimate(
+    cell: SlotCell | DiagonalCell, batch_size: int, x: Tensor | None = None, buffer: int = 64
+) -> Estimate | DiagonalEstimate:
     """Work out the costs of :class:`~sparse_rtrl.RTRL` for a cell before anything is allocated.
 
     Args:
         cell: the cell.
         batch_size: streams ``B``.
-        x: an input of one step ``(B, ...)``; by default zeros ``(B, cell.input_size)``.
+        x: an input of one step ``(B, ...)``; by default zeros ``(B, cell.input_size)``. Not for a diagonal cell.
         buffer: segments kept in the circular tree.
 
     Returns:
@@ -95,6 +173,13 @@ def estimate(cell: SlotCell, batch_size: int, x: Tensor | None = None, buffer: i
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(cell, DiagonalCell):
+        return estimate_diagonal(cell, batch_size)
+    if not isinstance(cell, SlotCell):
+        raise TypeError(
+            f"cell must be a SlotCell or a DiagonalCell, got {type(cell).__name__}; for other modules and stacks see"
+            " Carry(module).estimate(state)"
+        )
     groups = ParameterGroups.of_cell(cell)
     reference = next(cell.parameters())
     if x is None:
@@ -190,18 +275,22 @@ def check_memory(
         MemoryError: with the numbers.
     """
     needed = like.element_size() * batch_size * (hidden_size + 1) * groups.count
-    if like.is_cuda:
-        available = torch.cuda.mem_get_info(like.device)[0]
-    else:
-        import psutil  # a machine that only runs the kernels on its GPU may be without it
-
-        available = psutil.virtual_memory().available
+    available = available_bytes(like.device)
     if needed > available:
         raise MemoryError(
             f"the influence needs {_mib(needed)}: itemsize {like.element_size()} * batch_size {batch_size} *"
             f" (hidden_size {hidden_size} + 1) * {groups.count} recurrent parameters; {_mib(available)} are available"
             f" on {like.device}. {remedy}"
         )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device, or of the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # a machine that only runs the kernels on its GPU may be without it
+
+    return psutil.virtual_memory().available
 
 
 def _saved_bytes(cell: nn.Module, x: Tensor, batch_size: int) -> int:
@@ -216,7 +305,7 @@ def _saved_bytes(cell: nn.Module, x: Tensor, batch_size: int) -> int:
         return tensor
 
     kept: list[Tensor] = []
-    state = cell.initial_state(batch_size).requires_grad_()  # type: ignore[operator]
+    state = pytree.tree_map(Tensor.requires_grad_, cell.initial_state(batch_size))  # type: ignore[operator]
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         cell(x, state)
     return sum(sizes.values())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparse_rtrl.contestant import METHODS, Probe, RunConfig, chance, run_in_process
-from sparse_rtrl.training import Accuracy, wilson_interval
+from sparse_rtrl.evaluation import Accuracy, wilson_interval
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with a contestant's label and each of its progress events; from several threads."""

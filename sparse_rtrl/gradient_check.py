@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_rtrl.baselines import BPTT
+from sparse_rtrl.diagonal_cell import DiagonalCell
+from sparse_rtrl.gradient_method import GradientMethod, SparseRTRL
 from sparse_rtrl.slot_cell import Routing, SlotCell
 from sparse_rtrl.tasks import Batch
-from sparse_rtrl.training import GradientMethod, SparseRTRL
 
 EXACT_TOLERANCE = 1e-12
 """Largest error of a float64 gradient."""
@@ -67,7 +68,7 @@ class _Recorded:
         return self.routings[x.data_ptr()]
 
 
-def _gradients(method: GradientMethod, cell: SlotCell, batch: Batch) -> dict[str, Tensor]:
+def _gradients(method: GradientMethod, cell: nn.Module, batch: Batch) -> dict[str, Tensor]:
     cell.zero_grad(set_to_none=True)
     for _ in method.segments(batch):
         pass
@@ -100,7 +101,7 @@ def relative_error(gradient: Tensor, reference: Tensor, scale: Tensor) -> float:
 
 
 def gradient_errors(
-    cell: SlotCell,
+    cell: SlotCell | DiagonalCell,
     batch: Batch,
     segment: int = 1,
     dtypes: Iterable[torch.dtype] = (torch.float64, torch.float32),
@@ -124,7 +125,7 @@ def gradient_errors(
     """
     length, batch_size = batch.target.shape
     exact_cell = copy.deepcopy(cell).double()
-    routings = _record(exact_cell, Batch(batch.x.double(), batch.target))
+    routings = _record(exact_cell, Batch(batch.x.double(), batch.target)) if isinstance(exact_cell, SlotCell) else []
 
     def run(dtype: torch.dtype, rtrl: bool) -> dict[str, Tensor]:
         copied = copy.deepcopy(exact_cell).to(dtype)
@@ -132,7 +133,8 @@ def gradient_errors(
             SparseRTRL(copied, batch_size, segment, buffer, commit_every, catch_up) if rtrl else BPTT(copied)
         )
         x = batch.x.to(dtype)
-        copied.route = _Recorded(x, routings)  # type: ignore[method-assign]
+        if isinstance(copied, SlotCell):
+            copied.route = _Recorded(x, routings)  # type: ignore[method-assign]
         return _gradients(method, copied, Batch(x, batch.target))
 
     reference = run(torch.float64, rtrl=False)

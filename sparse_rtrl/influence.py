@@ -18,7 +18,7 @@ from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
 from sparse_rtrl.slot_cell import Routing
-from sparse_rtrl.slot_moe_pass import FusedSteps, add_immediate_, fused_segment
+from sparse_rtrl.slot_moe_pass import FusedSteps, SlotMoePass, add_immediate_, fused_segment
 from sparse_rtrl.step_chain import StepChain, commit_, pull_back
 from sparse_rtrl.tree import CircularTree
 
@@ -86,6 +86,8 @@ class Influence:
         self._every_pair = torch.ones_like(self.influenced).nonzero()
         self.handed_out = torch.zeros(batch_size, experts, hidden, **options)
         """Part of a sleeping expert's loss row vector that :meth:`flush` has paid already."""
+        self.fused: SlotMoePass | None = None
+        """The compiled pass of the cell, if it has one."""
         self.window: list[Captured] = []
         self.window_loss_row = torch.zeros(batch_size, hidden, **options)
         """``dL/dh`` at the entry of the current window, of the losses of its steps so far."""
@@ -340,11 +342,39 @@ class Influence:
             out[p.name] = _shaped(experts[:, :, :-1, p.columns].transpose(1, 2), p.shape)
         return out
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Frobenius norms of the influence as it is stored: core ``(B,)`` and experts ``(B, E)``.
+
+        Steps of the window are not in it, and a sleeping expert's is that of its last update.
+        """
+        core = torch.linalg.vector_norm(self.core[:, :-1], dim=(1, 2))
+        experts = torch.linalg.vector_norm(self.experts[:, :-1], dim=(1, 2))
+        return core, experts.view(self.batch_size, self.groups.num_experts)
+
+    def cap_(self, largest: float) -> tuple[int, float]:
+        """Scale every matrix whose norm exceeds ``largest`` down to it; the gradient is then no longer exact.
+
+        Loss rows, which are gradients already formed, stay as they are.
+
+        Returns:
+            How many matrices were scaled, and the largest norm there was.
+        """
+        scaled, highest = 0, 0.0
+        for P, norms in zip((self.core, self.experts), self.norms(), strict=True):
+            over = (norms.flatten() > largest).nonzero().flatten()
+            highest = max(highest, float(norms.max()) if norms.numel() else 0.0)
+            scaled += len(over)
+            P[over, :-1] *= (largest / norms.flatten()[over]).view(-1, 1, 1)
+        return scaled, highest
+
     def state_dict(self) -> dict[str, Any]:
-        """Commit, then everything needed to resume bit for bit."""
-        self.commit()
+        """Everything needed to resume bit for bit, the window included; nothing is committed.
+
+        A window of chains (:class:`~sparse_rtrl.step_chain.StepChain`) must be committed before.
+        """
         return {
             **{name: getattr(self, name).clone() for name in _TENSORS},
+            "window": [captured.state_dict() for captured in _savable(self.window)],
             "parameters": [(p.name, p.start) for p in self.groups.all],
             "commits": self.commits,
             "plan": None if self.plan is None else {name: getattr(self.plan, name) for name in PLAN_FIELDS},
@@ -370,6 +400,8 @@ class Influence:
                     f"{name} must be {expected.dtype} of shape {tuple(expected.shape)},"
                     f" got {got.dtype} {tuple(got.shape)}: the state is of another cell, batch size or dtype"
                 )
+        if self.fused is None and any("saved" in captured for captured in state["window"]):
+            raise ValueError("the state holds steps of a compiled pass, which is not there: use the same backend")
         saved = None if state["plan"] is None else Plan(**state["plan"])
         if self.catch_up != "auto" and saved is not None and saved.eager != (self.catch_up == "eager"):
             raise ValueError("the state was saved with catch_up='eager' on one side only; use the same catch_up")
@@ -385,7 +417,8 @@ class Influence:
         self._rows_hold_gradients = True
         self.commits = state["commits"]
         self.events = Counter(state["events"])
-        self._new_window()
+        self.window = [self._captured(captured) for captured in state["window"]]
+        self.window_key = object()
 
     def adopt(self, other: Influence) -> None:
         """Take over the influence of an object for the same cell with fewer parameters; new columns stay zero."""
@@ -409,6 +442,13 @@ class Influence:
             self.plan, self.tree = other.plan, other.tree
         elif self.tree is not None:
             self.tree.begin_at(other.commits)
+
+    def _captured(self, state: dict[str, Any]) -> Captured:
+        """A part of a window from its ``state_dict``."""
+        if "saved" not in state:
+            return StepJacobian.from_state_dict(state, self.core.device)
+        assert self.fused is not None
+        return FusedSteps(self.fused, **state)
 
     def _new_window(self) -> None:
         self.window = []
@@ -522,7 +562,7 @@ def _count(captured: Captured) -> int:
 
 def _routing(captured: Captured) -> Routing:
     """A routing of a captured part of the window: what its last step touched."""
-    return captured.routing() if isinstance(captured, FusedSteps) else captured.routing
+    return captured.routings[-1] if isinstance(captured, FusedSteps) else captured.routing
 
 
 def _fused(window: Sequence[Captured]) -> list[FusedSteps]:
@@ -545,6 +585,14 @@ def _steps(window: Sequence[Captured]) -> list[StepJacobian]:
     return out
 
 
+def _savable(window: Sequence[Captured]) -> list[StepJacobian | FusedSteps]:
+    """The window, which must hold no chain."""
+    steps = [captured for captured in window if not isinstance(captured, StepChain)]
+    if len(steps) < len(window):
+        raise RuntimeError("a window of chains cannot be saved: commit it first")
+    return steps
+
+
 def check_finite(step: int, values: dict[str, Tensor]) -> None:
     """Refuse values ``(B, ...)`` that hold NaN or infinity.
 
@@ -564,4 +612,4 @@ def _shaped(columns: Tensor, shape: torch.Size) -> Tensor:
     return columns.reshape(*columns.shape[:-1], *shape)
 
 
-_TENSORS = ("core", "experts", "last_update", "influenced", "awake", "handed_out")
+_TENSORS = ("core", "experts", "last_update", "influenced", "awake", "handed_out", "window_loss_row")

@@ -10,9 +10,9 @@ factored.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,32 @@ class StepJacobian:
     core: Factors
     expert: Factors
 
+    @property
+    def routings(self) -> list[Routing]:
+        """What the step touched, as a list."""
+        return [self.routing]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in it, as tensors, numbers and containers of them; the tensors are not copied."""
+        factors = {
+            name: {"delta": kind.delta, "terms": [tuple(getattr(t, f.name) for f in fields(Term)) for t in kind.terms]}
+            for name, kind in (("core", self.core), ("expert", self.expert))
+        }
+        return {"Jh": self.Jh, **{part: getattr(self.routing, part) for part in _PARTS}, **factors}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> StepJacobian:
+        """Rebuild what :meth:`state_dict` described, on a device."""
+
+        def on_device(values: Iterable[Any]) -> list[Any]:
+            return [value.to(device) if isinstance(value, Tensor) else value for value in values]
+
+        core, expert = (
+            Factors(state[name]["delta"].to(device), tuple(Term(*on_device(t)) for t in state[name]["terms"]))
+            for name in ("core", "expert")
+        )
+        return cls(state["Jh"].to(device), Routing(*on_device(state[part] for part in _PARTS)), core, expert)
+
 
 class JacobianCapture:
     """Captures steps of one cell, remembering which of its parameters need the dense path.
@@ -99,6 +125,14 @@ class JacobianCapture:
         self.groups = groups
         self.dense: set[str] = set()
         self._checked: set[Any] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found out about ``update``: it decides which steps are captured together, and so how they round."""
+        return {"dense": sorted(self.dense), "checked": sorted(self._checked, key=repr)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.dense, self._checked = set(state["dense"]), set(state["checked"])
 
     def step(self, x: Tensor, state: Tensor, routing: Routing, tensors: list[Tensor]) -> StepJacobian:
         """Capture one step.
@@ -233,6 +267,7 @@ class JacobianCapture:
             for piece in use.build(grad)
             if piece[0].name not in self.dense
         ]
+        capture.uses.clear()  # they refer back to the capture: the expanded graph would live until a garbage collection
         pieces += self._dense_pieces(x, state, routing, tracked)
         signature = (self.cell.training, *((p.name, tuple(delta.shape)) for p, delta, _ in pieces))
         core = _join([piece for piece in pieces if not piece[0].expert], (batch, width), state)

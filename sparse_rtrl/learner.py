@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
 from sparse_rtrl.cuda_graph import CannotRecord, FixedSteps
+from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.engine import Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
@@ -20,11 +23,14 @@ from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 from sparse_rtrl.slot_moe_pass import FusedSegment, FusedSteps
 
+if TYPE_CHECKING:
+    from sparse_rtrl.diagonal_engine import DiagonalEngine
 
-class _Entry:
+
+class SegmentEntry:
     """The entry of a segment: receives ``dL/dh_entry`` in the backward pass and answers with gradients."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | DiagonalEngine) -> None:
         self.engine = engine
         self.step = engine.steps
         self.used = False
@@ -36,22 +42,18 @@ class _Entry:
         self.position = len(self.engine.influence.window)
         self.window_key = self.engine.influence.window_key
 
-    def gradients(self, u: Tensor) -> list[Tensor]:
-        return self.engine.groups.split(*self.past(u.flatten(1)))
-
-    def past(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient through everything before the segment, core and experts, for ``u = dL/dh_entry (B, H)``."""
+    def gradients(self, u: Tensor) -> Sequence[Tensor | None]:
+        """Gradients through the past, one per tensor given to :class:`EnterSegment`, for ``u = dL/dh_entry``."""
         if self.used:
             raise RuntimeError(
                 "backward was called twice for the same output of the learner; add the losses up and call it once"
             )
-        influence = self.engine.influence
-        if self.window_key is not influence.window_key:
+        if self.window_key is not self.engine.influence.window_key:
             raise RuntimeError(
                 "backward came too late: the influence has moved past this step. Call backward before the next step or"
                 " reset, take several steps as one segment with unroll, or raise commit_every"
             )
-        gradients = influence.loss_gradient(self.position, u, self.step)
+        gradients = self.engine.past_gradients(self.position, u, self.step)
         self.used = True
         return gradients
 
@@ -66,7 +68,8 @@ class RTRL:
     into the optimizer's step, adds them.
 
     Args:
-        cell: the cell to train.
+        cell: the cell to train: a :class:`~sparse_rtrl.SlotCell`, or a :class:`~sparse_rtrl.DiagonalCell`, which gives
+            a :class:`~sparse_rtrl.diagonal_learner.DiagonalRTRL`.
         batch_size: streams ``B``.
         buffer: segments kept for sleeping experts; one that sleeps longer is brought up to date before its Jacobians
             leave the buffer. ``"auto"`` lets the planner choose at the first step.
@@ -86,9 +89,22 @@ class RTRL:
         BackendError: if the backend is not there, with the remedy.
     """
 
+    def __new__(cls, cell: nn.Module, *args: Any, **kwargs: Any) -> RTRL:
+        """A learner of the kind that the cell needs."""
+        if isinstance(cell, DiagonalCell) and cls is RTRL:
+            from sparse_rtrl.diagonal_learner import DiagonalRTRL
+
+            return super().__new__(DiagonalRTRL)
+        if not isinstance(cell, (SlotCell, DiagonalCell)):
+            raise TypeError(
+                f"cell must be a SlotCell or a DiagonalCell, got {type(cell).__name__}; for another module take"
+                " Carry(module), for a stack Carry(stack) or the approximate PerLayerApproximation(stack, batch_size)"
+            )
+        return super().__new__(cls)
+
     def __init__(
         self,
-        cell: SlotCell,
+        cell: SlotCell | DiagonalCell,
         batch_size: int,
         buffer: int | Literal["auto"] = "auto",
         commit_every: int | Literal["auto"] = "auto",
@@ -100,11 +116,15 @@ class RTRL:
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
         if cuda_graph and catch_up not in ("auto", "eager"):
             raise ValueError(f"catch_up must be 'eager' or 'auto' with cuda_graph=True, got {catch_up!r}")
-        self._engine = Engine(cell, batch_size, buffer, "eager" if cuda_graph else catch_up, backend)
+        path: CatchUp = "eager" if cuda_graph else catch_up
+        self._engine = Engine(cell, batch_size, buffer, path, backend)  # type: ignore[arg-type]
         if cuda_graph and self._engine.device.type != "cuda":
             raise ValueError(f"cuda_graph=True needs a cell on a CUDA device, got one on {self._engine.device}")
         self.commit_every: int | Literal["auto"] = commit_every
-        self._state = cell.initial_state(batch_size).detach()
+        self._state = self.cell.initial_state(batch_size).detach()
+        self._last: tuple[SegmentEntry, Tensor, list[Tensor]] | None = None
+        """Entry of the last segment, the state that entered it, and the recurrent tensors that it used."""
+        self._routings: list[Routing] = []
         self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
 
     @property
@@ -121,6 +141,23 @@ class RTRL:
     def state(self) -> Tensor:
         """State after the last step, ``(B, S, D)``, detached."""
         return self._state.detach() if self._fixed is None else self._fixed.state.clone()
+
+    @property
+    def entry_state(self) -> Tensor:
+        """State that entered the last segment, ``(B, S, D)``, from which a backward pass reaches the past.
+
+        A loss may depend on it beside the outputs: its gradient goes through the whole past. Add it to the loss of the
+        outputs before their one backward pass.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._last is None:
+            raise RuntimeError("entry_state is there after a step, but the learner has not taken one")
+        entry, state, tensors = self._last
+        entry = copy.copy(entry)  # it answers one gradient; those of several add up
+        entry.used = False
+        return EnterSegment.apply(entry, state, *tensors)
 
     @property
     def events(self) -> dict[str, int]:
@@ -163,7 +200,7 @@ class RTRL:
     def _run(self, xs: Tensor) -> Tensor | list[Tensor]:
         """Outputs of the steps, ``(n, B, ...)`` or one by one."""
         engine = self._engine
-        self._check_input(xs)
+        check_learning_input(xs, engine)
         if self._fixed is not None and (fixed := self._run_fixed(self._fixed, xs)) is not None:
             return fixed
         with parametrize.cached():
@@ -174,14 +211,17 @@ class RTRL:
                 most = MAX_COMMIT_EVERY if engine.fused is None else MAX_FUSED_COMMIT_EVERY
                 self.commit_every = choose_commit_every(engine.cell, engine.groups, routing, most)
             engine.influence.commit_every = self.commit_every
-            entry = _Entry(engine)
+            entry = SegmentEntry(engine)
+            state = EnterSegment.apply(entry, self._state, *tensors)
             run = self._run_fused if engine.fused is not None and engine.fused.usable else self._run_captured
-            outputs, captured, state = run(xs, entry, tensors)
+            outputs, captured, new_state = run(xs, state, tensors)
         engine.influence.make_room(captured[0])
         entry.settle()
+        self._last = (entry, self._state, tensors)
         engine.influence.record(captured)
         engine.steps += len(xs)
-        self._state = state.detach()
+        self._state = new_state.detach()
+        self._routings = [routing for part in captured for routing in part.routings]
         return outputs
 
     def _run_fixed(self, fixed: FixedSteps, xs: Tensor) -> Tensor | None:
@@ -204,11 +244,10 @@ class RTRL:
             self._fixed.check()
 
     def _run_captured(
-        self, xs: Tensor, entry: _Entry, tensors: list[Tensor]
+        self, xs: Tensor, state: Tensor, tensors: list[Tensor]
     ) -> tuple[list[Tensor], list[StepJacobian], Tensor]:
         """Run the cell's own code step by step, and capture the Jacobians of the steps."""
         engine = self._engine
-        state = EnterSegment.apply(entry, self._state, *tensors)
         outputs, entered, routings = [], [], []
         for number, x in enumerate(xs, engine.steps):
             with torch.no_grad():
@@ -225,33 +264,14 @@ class RTRL:
             outputs.append(output)
         return outputs, engine.steps_of(xs, entered, routings, tensors, engine.steps), state
 
-    def _run_fused(self, xs: Tensor, entry: _Entry, tensors: list[Tensor]) -> tuple[Tensor, list[FusedSteps], Tensor]:
+    def _run_fused(self, xs: Tensor, state: Tensor, tensors: list[Tensor]) -> tuple[Tensor, list[FusedSteps], Tensor]:
         """Run all steps in one compiled call."""
         engine = self._engine
         assert engine.fused is not None
-        steps, slots, state = engine.fused.run(xs, self._state, tensors)
-        engine.check_fused(steps, state, tensors)
-        slots = FusedSegment.apply(entry, steps, slots, *tensors)
-        return engine.fused.outputs(steps, slots), [steps], state
-
-    def _check_input(self, xs: Tensor) -> None:
-        engine = self._engine
-        if not isinstance(xs, Tensor) or xs.dim() < 2:
-            raise ValueError(f"x must be a tensor (B, ...), got {_kind(xs[0] if isinstance(xs, Tensor) else xs)}")
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "a learning step needs gradients, but they are disabled (no_grad or inference_mode): use"
-                " learner.evaluate() to run the cell without learning"
-            )
-        if xs.shape[1] != engine.batch_size:
-            raise ValueError(f"x must have batch size {engine.batch_size}, got shape {tuple(xs.shape[1:])}")
-        if xs.requires_grad:
-            raise ValueError(
-                "x must not require a gradient: parameters before the cell would influence later states without being"
-                " carried. Make them part of the cell, or detach x"
-            )
-        if xs.device != engine.device:
-            raise ValueError(f"x must be on {engine.device}, where the learner was built, got {xs.device}")
+        steps, slots, new_state = engine.fused.run(xs, state, tensors)
+        engine.check_fused(steps, new_state, tensors)
+        slots = FusedSegment.apply(steps, slots, state, *tensors)
+        return engine.fused.outputs(steps, slots), [steps], new_state
 
     def _check_update(self, h_write_new: Tensor, output: Tensor, routing: Routing) -> None:
         expected = (self.batch_size, routing.write.shape[1], self.cell.slot_size)
@@ -301,6 +321,36 @@ class RTRL:
     def _set_state(self, state: Tensor) -> None:
         self._state = state if self._fixed is None else self._fixed.state.copy_(state)
 
+    @property
+    def routings(self) -> list[Routing]:
+        """What the steps of the last call touched."""
+        return self._routings
+
+    def influence_norms(self) -> tuple[Tensor, Tensor]:
+        """Frobenius norms of the influence, core ``(B,)`` and experts ``(B, E)``, in one pass over it.
+
+        They are those of the last commit, and for a sleeping expert those of its last update.
+        """
+        self._settle()
+        return self._engine.influence.norms()
+
+    def cap_influence(self, largest: float) -> tuple[int, float]:
+        """Scale the influence of every stream and group whose norm exceeds ``largest`` down to it.
+
+        A brake for recurrences that have become unstable: the part of the gradient that goes through the past is then
+        too small by as much, and no longer exact.
+
+        Args:
+            largest: Frobenius norm that none may exceed, positive.
+
+        Returns:
+            How many were scaled, and the largest norm there was.
+        """
+        if not largest > 0:
+            raise ValueError(f"largest must be positive, got {largest}")
+        self._settle()
+        return self._engine.influence.cap_(largest)
+
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every recurrent parameter, ``(B, H, *shape)``, brought up to date."""
         self._settle()
@@ -311,11 +361,15 @@ class RTRL:
         return Evaluation(self.cell, self.state.clone())
 
     def state_dict(self) -> dict[str, Any]:
-        """State, influence and tree, after committing; with it and the cell's own, training resumes bit for bit."""
+        """State, influence, tree and window; with it and the cell's own, training resumes bit for bit.
+
+        Taking it changes nothing, so a run that saves takes the same path as one that does not.
+        """
         self._settle()
         return {
-            "version": 1,
+            "version": 2,
             "influence": self._engine.influence.state_dict(),
+            "capture": self._engine.capture.state_dict(),
             "state": self._state.clone(),
             "steps": self._engine.steps,
             "commit_every": self.commit_every,
@@ -327,16 +381,42 @@ class RTRL:
         Raises:
             ValueError: if it does not fit this learner; nothing is changed then.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
-        missing = {"influence", "state", "steps", "commit_every"} - set(state)
+        if state.get("version") != 2:
+            raise ValueError(f"state must be of version 2, got {state.get('version')!r}")
+        missing = {"influence", "capture", "state", "steps", "commit_every"} - set(state)
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
         self._settle()
         self._engine.influence.load_state_dict(state["influence"])
+        self._engine.capture.load_state_dict(state["capture"])
         self._set_state(state["state"].to(self._engine.device, self._engine.dtype).clone())
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
+
+
+def check_learning_input(xs: Tensor, engine: Engine | DiagonalEngine) -> None:
+    """Refuse inputs ``(n, B, ...)`` and modes that a learning step cannot run with.
+
+    Raises:
+        RuntimeError: under ``no_grad``.
+        ValueError: on anything else.
+    """
+    if not isinstance(xs, Tensor) or xs.dim() < 2:
+        raise ValueError(f"x must be a tensor (B, ...), got {_kind(xs[0] if isinstance(xs, Tensor) else xs)}")
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a learning step needs gradients, but they are disabled (no_grad or inference_mode): use"
+            " learner.evaluate() to run the cell without learning"
+        )
+    if xs.shape[1] != engine.batch_size:
+        raise ValueError(f"x must have batch size {engine.batch_size}, got shape {tuple(xs.shape[1:])}")
+    if xs.requires_grad:
+        raise ValueError(
+            "x must not require a gradient: parameters before the cell would influence later states without being"
+            " carried. Make them part of the cell, or detach x"
+        )
+    if xs.device != engine.device:
+        raise ValueError(f"x must be on {engine.device}, where the learner was built, got {xs.device}")
 
 
 class Evaluation:

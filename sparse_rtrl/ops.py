@@ -48,6 +48,10 @@ _library.define(
     "suffix_loss_rows(Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor starts,"
     " Tensor newest, int slot_size) -> Tensor"
 )
+_library.define(
+    "diagonal_update_(Tensor(a!) P, Tensor decay, Tensor delta, Tensor z, Tensor(b!)? g=None, Tensor? u=None) -> ()"
+)
+_library.define("diagonal_loss_(Tensor(a!) g, Tensor P, Tensor u) -> ()")
 
 _STEPS = "Tensor inputs, Tensor saved, Tensor index, Tensor[] weights, int[] columns, int heads, int read, int write"
 _library.define(
@@ -68,6 +72,8 @@ NAMES = (
     "catch_up_",
     "catch_up_update_",
     "suffix_loss_rows",
+    "diagonal_update_",
+    "diagonal_loss_",
 )
 
 for _name in NAMES:
@@ -135,6 +141,16 @@ for _name in ("slot_moe_pull_back_", "slot_moe_transfer_", "slot_moe_commit_"):
         return None
 
 
+@torch.library.register_fake("sparse_rtrl::diagonal_update_", lib=_library)
+def _(P, decay, delta, z, g=None, u=None):
+    return None
+
+
+@torch.library.register_fake("sparse_rtrl::diagonal_loss_", lib=_library)
+def _(g, P, u):
+    return None
+
+
 def _load_compiled(library: str) -> str:
     """Load compiled operations if they were built; returns why they are not there, or nothing."""
     folder = Path(__file__).parent
@@ -155,7 +171,7 @@ compiled_problem = _load_compiled("_cpu")
 cuda_problem = _load_compiled("_cuda")
 """Why the compiled CUDA operations are missing; empty if they are there."""
 
-triton_backend.register(_library, ("influence_update_", "loss_row_", "catch_up_", "catch_up_update_"))
+triton_backend.register(_library, tuple(triton_backend.SCHEMAS))
 
 influence_update_ = torch.ops.sparse_rtrl.influence_update_
 loss_row_ = torch.ops.sparse_rtrl.loss_row_
@@ -164,6 +180,8 @@ suffix_product = torch.ops.sparse_rtrl.suffix_product
 catch_up_ = torch.ops.sparse_rtrl.catch_up_
 catch_up_update_ = torch.ops.sparse_rtrl.catch_up_update_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
+diagonal_update_ = torch.ops.sparse_rtrl.diagonal_update_
+diagonal_loss_ = torch.ops.sparse_rtrl.diagonal_loss_
 
 # The recurrence of SlotMoECell as a whole; compiled for the CPU only, see slot_moe_pass.py.
 slot_moe_forward = torch.ops.sparse_rtrl.slot_moe_forward
@@ -181,9 +199,10 @@ def select(
         backend: ``"auto"`` takes what is built for the device and dtype, else the reference; ``"reference"`` is plain
             PyTorch; ``"cpp"`` is the compiled CPU operations; ``"cuda"`` the compiled CUDA operations: those of the
             tree and ``catch_up_``, while all others run as with ``"auto"``; ``"triton"`` the Triton kernels:
-            ``influence_update_``, ``loss_row_`` and ``catch_up_``, while all others run as with ``"auto"``.
+            ``influence_update_``, ``loss_row_``, ``catch_up_`` and those of diagonal recurrences, while all others run
+            as with ``"auto"``.
         device: of the tensors.
-        dtype: of the influence.
+        dtype: of the influence, of a complex one its real dtype.
         precision: of the products of ``"triton"``; every other backend computes in the dtype itself.
 
     Raises:

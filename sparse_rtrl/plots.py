@@ -43,7 +43,7 @@ def plot_training(rows: Sequence[dict[str, Any]], chance_level: float, title: st
     """Draw loss, accuracy and length over updates.
 
     Args:
-        rows: metrics of the updates; see :data:`~sparse_rtrl.runlog.METRICS`.
+        rows: metrics of the updates; see :func:`~sparse_rtrl.runlog.read_lines`.
         chance_level: accuracy of guessing.
         title: heading.
         path: PNG file to write.

@@ -514,3 +514,54 @@ def first_occurrence(slots: Tensor) -> Tensor:
     first = torch.ones_like(slots, dtype=torch.bool)
     first[:, 1:] = slots[:, 1:] != slots[:, :-1]
     return first
+
+
+def diagonal_update_(
+    P: Tensor, decay: Tensor, delta: Tensor, z: Tensor, g: Tensor | None = None, u: Tensor | None = None
+) -> None:
+    """Influence of a diagonal recurrence through one segment, in place: ``P <- decay ⊙ P + F``, loss row first.
+
+    Where the state Jacobian is diagonal, each row of a weight influences one state entry, and ``P`` is as large as the
+    weight. For a segment that maps the state entry ``r`` of stream ``b`` as ``h <- decay h + ...``,
+
+        P[b, r, j] <- decay[b, r] P[b, r, j] + sum_τ delta[b, r, τ] z[b, τ, j],      τ over the steps of the segment;
+
+    with ``g`` and ``u`` the gradient takes ``P`` as it is before, in the same pass: see :func:`diagonal_loss_`. A
+    complex ``z`` is given as real pairs, ``δ z = δ Re(z) + (iδ) Im(z)``: twice as many τ. An element-wise parameter has
+    ``J = 1``. Bytes of influence moved: ``2 * itemsize * B * R * J``.
+
+    Args:
+        P: influence ``(B, R, J)``, real or complex.
+        decay: derivative of the state after the segment by the state before, ``(B, R)`` of the dtype of ``P``.
+        delta: derivative of the state after the segment by the sum that the weight's row adds to in step τ,
+            ``(B, R, τ)`` of the dtype of ``P``; without steps only ``decay`` acts.
+        z: what the weight multiplies in each step, ``(B, τ, J)`` of the real dtype of ``P``.
+        g: gradient ``(R, J)`` of the dtype of ``P`` that is added to, or None; together with ``u``.
+        u: gradient of the loss by the state before the segment, ``(B, R)`` of the dtype of ``P``.
+
+    Raises:
+        ValueError: if only one of ``g`` and ``u`` is given.
+    """
+    if (g is None) != (u is None):
+        raise ValueError(
+            f"g and u must be given together or not at all, got {'g' if u is None else 'u'} without"
+            f" {'u' if u is None else 'g'}"
+        )
+    if g is not None and u is not None:
+        diagonal_loss_(g, P, u)
+    P.mul_(decay.unsqueeze(2)).baddbmm_(delta, z.to(P.dtype))
+
+
+def diagonal_loss_(g: Tensor, P: Tensor, u: Tensor) -> None:
+    """Gradient that the influence of a diagonal recurrence carries, in place: ``g[r, j] += sum_b u[b, r] P̄[b, r, j]``.
+
+    ``P̄`` is the complex conjugate. With torch's gradient of a real loss by a complex number, ``∂L/∂Re + i ∂L/∂Im``,
+    ``g`` is that of a complex parameter on which the state depends holomorphically, ``P = dh/dθ``: ``dL = Re(ū dh)``
+    and ``dh = P dθ`` make ``dL = Re(conj(u P̄) dθ)``. The gradient of a real parameter is the real part of ``g``.
+
+    Args:
+        g: ``(R, J)`` of the dtype of ``P``.
+        P: influence ``(B, R, J)``, real or complex.
+        u: gradient of the loss by the state, ``(B, R)`` of the dtype of ``P``.
+    """
+    g.add_(torch.einsum("br,brj->rj", u, P.conj()))

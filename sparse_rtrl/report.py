@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 
 from sparse_rtrl.contestant import Probe, chance
+from sparse_rtrl.evaluation import Accuracy
 from sparse_rtrl.experiments import Outcome, Trials
 from sparse_rtrl.gradient_check import GradientError
 from sparse_rtrl.plan import Plan
-from sparse_rtrl.training import Accuracy
 
 
 def format_accuracy(accuracy: Accuracy) -> str:

@@ -58,10 +58,11 @@ class FusedSteps:
         """Number of steps."""
         return len(self.index)
 
-    def routing(self, step: int = -1) -> Routing:
-        """What a step touched."""
+    @property
+    def routings(self) -> list[Routing]:
+        """What each step touched."""
         cell = self.of.cell
-        return Routing(*self.index[step].split((cell.read_slots, cell.write_slots, cell.top_k), dim=1))
+        return [Routing(*row.split((cell.read_slots, cell.write_slots, cell.top_k), dim=1)) for row in self.index]
 
     @property
     def experts(self) -> Tensor:
@@ -78,6 +79,10 @@ class FusedSteps:
             cotangent: ``dL/d slots`` of every step, ``(n, B, kr + kw, D)``.
         """
         ops.slot_moe_pull_back_(v, core, experts, cotangent, *self._arguments)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in it; the tensors are not copied."""
+        return {"inputs": self.inputs, "saved": self.saved, "index": self.index, "weights": list(self.weights)}
 
     @property
     def _arguments(self) -> tuple[Any, ...]:
@@ -151,7 +156,7 @@ class SlotMoePass:
         ]
         query_token = F.linear(xs, named["query_token.weight"], named["query_token.bias"])
         new_state, slots, saved, index = ops.slot_moe_forward(
-            state.contiguous(), query_token, weights, *self.sizes, self.cell.top_k
+            state.detach().contiguous(), query_token, weights, *self.sizes, self.cell.top_k
         )
         return FusedSteps(self, xs.contiguous(), saved, index, self._copies(weights, tensors)), slots, new_state
 
@@ -234,26 +239,26 @@ def _identity(rows: Tensor, hidden: int, like: Tensor) -> Tensor:
 
 
 class FusedSegment(torch.autograd.Function):
-    """The slots that the outputs of a segment look at, as a function of the parameters.
+    """The slots that the outputs of a segment look at, as a function of its entry state and the parameters.
 
-    ``FusedSegment.apply(entry, steps, slots, *tensors)`` returns the slots; ``tensors`` are the parameters.
+    ``FusedSegment.apply(steps, slots, state, *tensors)`` returns the slots; ``state`` is the one that entered the
+    segment, ``tensors`` are the parameters.
     """
 
     @staticmethod
-    def forward(ctx: Any, entry: Any, steps: FusedSteps, slots: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, steps: FusedSteps, slots: Tensor, state: Tensor, *tensors: Tensor) -> Tensor:
         """Return the slots as a new tensor."""
-        ctx.entry, ctx.steps = entry, steps
+        ctx.steps = steps
         return slots.view_as(slots)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
-        """Gradient through the steps of the segment, and from their entry through the past."""
+        """Gradient back through the steps of the segment, to its entry state."""
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph=True is not supported: the influence is not differentiable")
-        steps, groups = ctx.steps, ctx.steps.of.groups
-        v = cotangent.new_zeros(cotangent.shape[1], steps.of.cell.hidden_size)
+        steps, groups, cell = ctx.steps, ctx.steps.of.groups, ctx.steps.of.cell
+        v = cotangent.new_zeros(cotangent.shape[1], cell.hidden_size)
         core = v.new_zeros(groups.core_columns)
         experts = v.new_zeros(groups.num_experts, groups.expert_columns)
         steps.pull_back_(v, core, experts, cotangent)
-        past_core, past_experts = ctx.entry.past(v)
-        return None, None, None, *groups.split(core + past_core, experts + past_experts)
+        return None, None, v.view(-1, cell.num_slots, cell.slot_size), *groups.split(core, experts)

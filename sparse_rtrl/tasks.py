@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +22,42 @@ class Batch:
     Attributes:
         x: one-hot inputs ``(T, B, input_size)`` float.
         target: class asked for at each step ``(T, B)`` int64, :data:`IGNORE` where no answer is asked.
+        reset: mask ``(B,)`` of the streams that start a new sequence at the first step, the others going on where the
+            batch before ended; None if all start anew.
     """
 
     x: Tensor
     target: Tensor
+    reset: Tensor | None = None
+
+
+class Stream(Protocol):
+    """An endless source of batches that can say where it is and go on from there: a task, a curriculum, a corpus."""
+
+    @property
+    def input_size(self) -> int:
+        """Width of the inputs."""
+
+    @property
+    def output_size(self) -> int:
+        """Number of classes; 256 means that the targets are bytes."""
+
+    @property
+    def batch_size(self) -> int:
+        """Streams ``B``."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of the best answer that ignores the input."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches from the current position on; the position moves with each."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as tensors, numbers and containers of them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the position that :meth:`state_dict` returned."""
 
 
 def _require(condition: bool, argument: str, value: object, expected: str) -> None:
@@ -88,6 +121,18 @@ class Task(ABC):
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Draw ``tokens (B, T)`` and ``target (B, T)``, both int64."""
 
+    def begin(self) -> dict[str, Tensor]:
+        """Draw what a batch of sequences is about, for :meth:`part` to write it out piece by piece."""
+        tokens, target = self._draw()
+        return {"tokens": tokens, "target": target}
+
+    def part(self, begun: dict[str, Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Steps ``start`` to ``stop`` of begun sequences: ``tokens`` and ``target``, both ``(B, stop - start)`` int64.
+
+        Parts are taken from the first step to the last, each once: what is drawn along the way is not kept.
+        """
+        return begun["tokens"][:, start:stop], begun["target"][:, start:stop]
+
     def sample(self) -> Batch:
         """Draw the next batch."""
         tokens, target = self._draw()
@@ -97,6 +142,15 @@ class Task(ABC):
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self.sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the task is: the state of its generator and the current length."""
+        return {"generator": self.generator.get_state(), "length": self.length}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.length = state["length"]
+        self.generator.set_state(state["generator"])
 
     def _integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator)
@@ -155,6 +209,25 @@ class Haystack(Task):
         target[:, -1:] = answer - 4
         return tokens, target
 
+    def begin(self) -> dict[str, Tensor]:
+        """Draw key and value; fillers come with the parts, so that memory does not grow with the length."""
+        key = 1 + self._integers(self.length - 1 - max(self.min_distance, 3), self.batch_size)
+        return {"key": key, "value": self._integers(self.output_size, self.batch_size)}
+
+    def part(self, begun: dict[str, Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`Task.part`."""
+        batch, last = self.batch_size, self.length - 1
+        tokens = 4 + self._integers(self.output_size, batch, stop - start)
+        key, value = begun["key"], begun["value"]
+        ends, first, final = torch.full_like(key, last), torch.zeros_like(key), value + 4
+        for place, token in ((key, self.KEY), (key + 1, final), (key + 2, self.SEP), (first, self.BOS), (ends, self.Q)):
+            here = ((place >= start) & (place < stop)).nonzero().flatten()
+            tokens[here, place[here] - start] = token if isinstance(token, int) else token[here]
+        target = torch.full_like(tokens, IGNORE)
+        if stop > last:
+            target[:, last - start] = value
+        return tokens, target
+
 
 class Copy(Task):
     """Repeat a pattern of symbols after a pause.
@@ -199,6 +272,27 @@ class Copy(Task):
         tokens[:, self.length - n] = go
         target = torch.full_like(tokens, IGNORE)
         target[:, self.length - n :] = pattern
+        return tokens, target
+
+    def begin(self) -> dict[str, Tensor]:
+        """Draw the pattern; blanks come with the parts."""
+        n = self.pattern_length or self.length // 2
+        return {"pattern": self._integers(self.output_size, self.batch_size, n)}
+
+    def part(self, begun: dict[str, Tensor], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`Task.part`."""
+        pattern = begun["pattern"]
+        n, blank = pattern.shape[1], self.output_size
+        go = self.length - n
+        tokens = torch.full((self.batch_size, stop - start), blank)
+        target = torch.full_like(tokens, IGNORE)
+        shown, asked = range(start, min(stop, n)), range(max(start, go), stop)
+        if shown:
+            tokens[:, : len(shown)] = pattern[:, shown.start : shown.stop]
+        if start <= go < stop:
+            tokens[:, go - start] = blank + 1
+        if asked:
+            target[:, asked.start - start :] = pattern[:, asked.start - go : asked.stop - go]
         return tokens, target
 
 
@@ -347,6 +441,8 @@ class Curriculum:
         self.stop = stop
         self.updates = updates
         self.shape = shape
+        self.update = 0
+        """Batches drawn so far."""
 
     @property
     def input_size(self) -> int:
@@ -378,8 +474,16 @@ class Curriculum:
         return round(self.start + (self.stop - self.start) * progress)
 
     def __iter__(self) -> Iterator[Batch]:
-        update = 0
         while True:
-            self.task.length = self.length_at(update)
+            self.task.length = self.length_at(self.update)
+            self.update += 1
             yield self.task.sample()
-            update += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the curriculum is, and where its task is."""
+        return {"update": self.update, "task": self.task.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.update = state["update"]
+        self.task.load_state_dict(state["task"])

@@ -1,207 +1,19 @@
-"""One training loop for every way of getting the gradient, and the accuracy of what it trained."""
+"""The optimizer's steps and the loop over batches, which can stop after any segment and go on bit for bit."""
 
 from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils import parametrize
+from torch import nn
 
-from sparse_rtrl.slot_cell import SlotCell
-from sparse_rtrl.tasks import IGNORE, Batch, Task
-
-
-class RecurrentModel(Protocol):
-    """A :class:`~sparse_rtrl.SlotCell`, called once per step, or a module that takes a whole chunk of steps."""
-
-    def initial_state(self, batch_size: int) -> Tensor:
-        """State that streams start from."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained."""
-
-    def __call__(self, *args: Any) -> Any:
-        """Run a step or a chunk."""
-
-
-def unroll(model: RecurrentModel, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a recurrent model over a chunk of steps with plain autograd.
-
-    Args:
-        model: the model to run.
-        x: inputs ``(n, B, input_size)``.
-        state: state that enters the first step.
-
-    Returns:
-        Outputs ``(n, B, output_size)`` and the state after the last step.
-    """
-    if not isinstance(model, SlotCell):
-        outputs, state = model(x, state)
-        return outputs, state
-    steps = []
-    # Parametrized weights are constant within the chunk: evaluate them once, not at every step.
-    with parametrize.cached():
-        for x_t in x:
-            output, _, state = model(x_t, state)
-            steps.append(output)
-    return torch.stack(steps), state
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Loss and hits over some steps.
-
-    Attributes:
-        loss: cross entropy summed over the asked answers.
-        correct: asked answers that were right.
-        asked: asked answers.
-    """
-
-    loss: float = 0.0
-    correct: int = 0
-    asked: int = 0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.loss + other.loss, self.correct + other.correct, self.asked + other.asked)
-
-    @property
-    def mean_loss(self) -> float:
-        """Cross entropy per asked answer; NaN if nothing was asked."""
-        return self.loss / self.asked if self.asked else math.nan
-
-    @property
-    def accuracy(self) -> float:
-        """Share of asked answers that were right; NaN if nothing was asked."""
-        return self.correct / self.asked if self.asked else math.nan
-
-
-def answer_loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tally]:
-    """Cross entropy summed over the asked answers, as a differentiable scalar and as a :class:`Tally`.
-
-    Args:
-        outputs: logits ``(n, B, output_size)``.
-        target: classes ``(n, B)``, :data:`~sparse_rtrl.tasks.IGNORE` where nothing is asked.
-
-    Returns:
-        The sum and its tally.
-    """
-    asked = target != IGNORE
-    logits, classes = outputs[asked], target[asked]
-    loss = functional.cross_entropy(logits, classes, reduction="sum")
-    correct = int((logits.argmax(-1) == classes).sum())
-    return loss, Tally(float(loss.detach()), correct, classes.numel())
-
-
-class GradientMethod(ABC):
-    """A way of adding the gradient of a batch's loss to ``.grad``.
-
-    The loss of a batch is the mean cross entropy over its asked answers. A subclass implements :meth:`segments`; the
-    training loop around it, :class:`Trainer`, is the same for all.
-
-    Attributes:
-        model: what is trained.
-    """
-
-    model: RecurrentModel
-
-    @abstractmethod
-    def segments(self, batch: Batch, mean_per_segment: bool = False) -> Iterator[Tally]:
-        """Run over the batch from the initial state, yielding after each segment, its loss backpropagated.
-
-        Args:
-            batch: sequences to run over.
-            mean_per_segment: divide each segment's loss by its own number of answers, for a learner that steps after
-                every segment and cannot know how many answers are still to come.
-
-        Yields:
-            The tally of each segment.
-        """
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 - nothing to do is a fine default
-        """Tell the method which optimizer will step its parameters."""
-
-    def complete_gradient(self) -> None:  # noqa: B027 - nothing to do is a fine default
-        """Add to ``.grad`` whatever the method still owes; called before clipping."""
-
-
-def split_batch(batch: Batch, length: int, mean_per_segment: bool) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Cut a batch into segments.
-
-    Args:
-        batch: the batch to cut.
-        length: steps per segment; the last segment may be shorter.
-        mean_per_segment: see :meth:`GradientMethod.segments`.
-
-    Yields:
-        Inputs ``(n, B, input_size)``, targets ``(n, B)`` and the number of answers to divide the loss by, which is 0
-        where the segment asks nothing.
-    """
-    asked_in_batch = int((batch.target != IGNORE).sum())
-    for x, target in zip(batch.x.split(length), batch.target.split(length), strict=True):
-        asked = int((target != IGNORE).sum())
-        yield x, target, (asked if mean_per_segment else asked_in_batch) if asked else 0
-
-
-class SparseRTRL(GradientMethod):
-    """The exact sparse engine, fed with segments; equal gradient to BPTT at memory that does not grow with length.
-
-    Args:
-        cell: the cell to train.
-        batch_size: streams.
-        segment: steps per segment.
-        buffer: segments that the circular tree keeps.
-        commit_every: see :class:`~sparse_rtrl.RTRL`; None for ``segment``, so that nothing longer is ever kept.
-        catch_up: see :class:`~sparse_rtrl.RTRL`.
-    """
-
-    def __init__(
-        self,
-        cell: SlotCell,
-        batch_size: int,
-        segment: int = 8,
-        buffer: int = 64,
-        commit_every: int | Literal["auto"] | None = None,
-        catch_up: Literal["auto", "eager", "replay", "product"] = "auto",
-    ) -> None:
-        from sparse_rtrl.learner import RTRL
-
-        if segment < 1:
-            raise ValueError(f"segment must be at least 1, got {segment}")
-        self.model = cell
-        self.segment = segment
-        self.learner = RTRL(
-            cell,
-            batch_size=batch_size,
-            buffer=buffer,
-            commit_every=segment if commit_every is None else commit_every,
-            catch_up=catch_up,
-        )
-
-    def segments(self, batch: Batch, mean_per_segment: bool = False) -> Iterator[Tally]:
-        """See :meth:`GradientMethod.segments`."""
-        self.learner.reset()
-        for x, target, divisor in split_batch(batch, self.segment, mean_per_segment):
-            outputs = self.learner.unroll(x)
-            tally = Tally()
-            if divisor:
-                loss, tally = answer_loss(outputs, target)
-                (loss / divisor).backward()
-            yield tally
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """See :meth:`GradientMethod.attach`."""
-        self.learner.attach(optimizer)
-
-    def complete_gradient(self) -> None:
-        """Pay what dormant experts are owed."""
-        self.learner.flush()
+from sparse_rtrl.errors import DivergenceError, NonFiniteError, NonFiniteLossError
+from sparse_rtrl.gradient_method import GradientMethod, Tally, split_batch
+from sparse_rtrl.tasks import Batch, Stream
 
 
 class Trainer:
@@ -209,10 +21,14 @@ class Trainer:
 
     Args:
         method: where the gradient comes from.
-        learning_rate: of Adam.
+        learning_rate: of AdamW.
         final_learning_rate: learning rate at the last of ``updates``, reached linearly; None to keep it constant.
         clip_norm: largest norm of the gradient; None for no clipping.
         step_per_segment: step after every segment that asks something, instead of once per batch.
+        weight_decay: of AdamW, decoupled from the gradient (Loshchilov & Hutter 2019); 0 is Adam.
+
+    Attributes:
+        gradient_norm: norm of the whole gradient at the last step, before clipping; NaN before the first.
     """
 
     def __init__(
@@ -222,14 +38,19 @@ class Trainer:
         final_learning_rate: float | None = None,
         clip_norm: float | None = 1.0,
         step_per_segment: bool = False,
+        weight_decay: float = 0.0,
     ) -> None:
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
         self.method = method
         self.learning_rate = learning_rate
         self.final_learning_rate = learning_rate if final_learning_rate is None else final_learning_rate
         self.clip_norm = clip_norm
         self.step_per_segment = step_per_segment
+        self.weight_decay = weight_decay
         self.parameters = [p for p in method.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
+        self.gradient_norm = math.nan
         method.attach(self.optimizer)
 
     def set_progress(self, progress: float) -> None:
@@ -240,116 +61,85 @@ class Trainer:
 
     def _step(self) -> None:
         self.method.complete_gradient()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self.gradient_norm = float(norm)
+        if not math.isfinite(self.gradient_norm):
+            raise FloatingPointError(f"the norm of the gradient is {self.gradient_norm}; no parameter was stepped")
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def segments(self, batch: Batch, start: int = 0) -> Iterator[tuple[int, Tally]]:
+        """Train on a batch, yielding after each segment; the optimizer steps before the yield.
+
+        Args:
+            batch: sequences to train on.
+            start: step of the batch to go on from; 0 to begin it, which starts its new sequences.
+
+        Yields:
+            Steps of the batch that are done, and the tally of the segment.
+
+        Raises:
+            FloatingPointError: if the loss, the gradient, the state or the influence is not finite; the parameters
+                were not stepped with it.
+        """
+        if start == 0:
+            self.method.reset(batch.reset)
+        for x, target, divisor in split_batch(batch, self.method.segment, self.step_per_segment, start):
+            tally = self.method.learn(x, target, divisor)
+            start += len(x)
+            due = tally.asked > 0 if self.step_per_segment else start == len(batch.x)
+            if due:
+                self._step()
+            yield start, tally
 
     def train_batch(self, batch: Batch) -> Tally:
         """Train on one batch of sequences.
 
         Raises:
-            FloatingPointError: if the loss is not finite; the parameters were not stepped with it.
+            FloatingPointError: see :meth:`segments`.
         """
-        total = Tally()
-        for tally in self.method.segments(batch, mean_per_segment=self.step_per_segment):
-            total += tally
-            if not math.isfinite(tally.loss):
-                raise FloatingPointError(f"the loss is {tally.loss}; lower learning_rate, got {self.learning_rate}")
-            if self.step_per_segment and tally.asked:
-                self._step()
-        if not self.step_per_segment:
-            self._step()
-        return total
+        return sum((tally for _, tally in self.segments(batch)), Tally())
 
-    def evaluate(self, task: Task, num_sequences: int) -> Accuracy:
-        """Accuracy of the model as it is now; see :func:`evaluate`."""
-        return evaluate(self.method.model, task, num_sequences)
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, their gradients so far, the optimizer, and what the method carries."""
+        return {
+            "model": self.method.model.state_dict(),
+            "gradients": [None if p.grad is None else p.grad.clone() for p in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "gradient_norm": self.gradient_norm,
+        }
 
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Accuracy on fresh sequences.
-
-    Attributes:
-        correct: asked answers that were right.
-        asked: asked answers.
-        sequences: sequences they came from.
-    """
-
-    correct: int
-    asked: int
-    sequences: int
-
-    @property
-    def value(self) -> float:
-        """Share of right answers."""
-        return self.correct / self.asked
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of Wilson with sequences, not answers, as trials: answers of one sequence are dependent."""
-        return wilson_interval(self.value, self.sequences)
-
-
-def wilson_interval(share: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval of a binomial share, ``(p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)``.
-
-    Args:
-        share: observed share of successes ``p``.
-        trials: number of trials ``n``.
-        z: quantile of the normal distribution; the default gives 95 %.
-
-    Returns:
-        Lower and upper end.
-
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
-    """
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
-    centre = share + z * z / (2 * trials)
-    radius = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - radius) / scale), min(1.0, (centre + radius) / scale)
-
-
-@torch.no_grad()
-def evaluate(model: RecurrentModel, task: Task, num_sequences: int) -> Accuracy:
-    """Accuracy of a model on the next ``num_sequences`` sequences of a task, run with the plain forward pass.
-
-    Args:
-        model: what answers.
-        task: where the sequences come from; give it another seed than the training task.
-        num_sequences: how many sequences to answer.
-
-    Returns:
-        Counts and their interval.
-    """
-    if num_sequences < 1:
-        raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
-    total, done = Tally(), 0
-    while done < num_sequences:
-        batch = task.sample()
-        take = min(task.batch_size, num_sequences - done)
-        outputs, _ = unroll(model, batch.x[:, :take], model.initial_state(take))
-        total += answer_loss(outputs, batch.target[:, :take])[1]
-        done += take
-    return Accuracy(total.correct, total.asked, done)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; learning rate and weight decay stay those of this trainer."""
+        self.method.model.load_state_dict(state["model"])
+        for parameter, gradient in zip(self.parameters, state["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.weight_decay
+        self.method.load_state_dict(state["method"])
+        self.gradient_norm = state["gradient_norm"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands after an update.
+    """Where a training stands after a segment.
 
     Attributes:
-        update: updates done.
-        length: steps per sequence of the last update.
-        tally: loss and hits of the last update.
+        update: updates done; a batch is an update.
+        complete: whether the segment was the last of its batch.
+        length: steps of the batch.
+        tally: loss and hits of the batch so far.
         tokens: tokens seen so far; a step of one stream is a token.
-        seconds: wall-clock time since the training began.
+        seconds: wall-clock time of the training so far, that before an interruption included.
     """
 
     update: int
+    complete: bool
     length: int
     tally: Tally
     tokens: int
@@ -361,27 +151,120 @@ class Progress:
         return self.tokens / self.seconds if self.seconds else math.nan
 
 
-def train(
-    trainer: Trainer, stream: Iterable[Batch], updates: int, max_seconds: float | None = None
-) -> Iterator[Progress]:
+class Training:
+    """A training on a stream, and the state it is in between two segments.
+
+    Taking its :meth:`state_dict` changes nothing; a training that loads it takes the same path from there on, bit for
+    bit on the same machine with the same versions and number of threads.
+
+    Args:
+        trainer: what learns.
+        stream: where the batches come from.
+        updates: batches to train on.
+
+    Attributes:
+        update: updates done.
+        step: steps done, of all streams together; the ``T`` of every batch counts.
+        tokens: steps times streams.
+        seconds: wall-clock time so far.
+    """
+
+    def __init__(self, trainer: Trainer, stream: Stream, updates: int) -> None:
+        self.trainer = trainer
+        self.stream = stream
+        self.updates = updates
+        self.update = 0
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self._done = 0  # steps of the current batch that are done; 0 between two batches
+        self._before_batch: Any = None  # position of the stream before the current batch
+        self._tally = Tally()
+
+    def segments(self) -> Iterator[Progress]:
+        """Train until all updates are done or the stream ends, yielding after every segment.
+
+        Raises:
+            DivergenceError: with the first step at which a loss, gradient, state or influence was not finite.
+        """
+        began = time.perf_counter() - self.seconds
+        batches = iter(self.stream)
+        while self.update < self.updates:
+            if not self._done:
+                self._before_batch = self.stream.state_dict()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            length, streams = batch.target.shape
+            self.trainer.set_progress(self.update / max(self.updates - 1, 1))
+            segments = self.trainer.segments(batch, self._done)
+            complete = False
+            while not complete:
+                try:
+                    done, tally = next(segments)
+                except FloatingPointError as error:
+                    raise self._divergence(error, length) from error
+                complete = done == length
+                self.step += done - self._done
+                self.tokens += (done - self._done) * streams
+                self.update += complete
+                self.seconds = time.perf_counter() - began
+                tally += self._tally
+                self._done, self._tally = (0, Tally()) if complete else (done, tally)
+                yield Progress(self.update, complete, length, tally, self.tokens, self.seconds)
+
+    def _divergence(self, error: FloatingPointError, length: int) -> DivergenceError:
+        if isinstance(error, NonFiniteError):
+            step = error.step
+        elif isinstance(error, NonFiniteLossError):
+            step = self.step + error.step
+        else:  # found at the end of the segment
+            segment = self.trainer.method.segment or length
+            step = self.step + min(segment, length - self._done) - 1
+        return DivergenceError(self.update + 1, step, str(error))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the training goes on, as tensors, numbers and containers of them."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return {
+            "update": self.update,
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "done": self._done,
+            "tally": astuple(self._tally),
+            "stream": self._before_batch if self._done else self.stream.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, for a trainer and a stream built with the same arguments."""
+        self.trainer.load_state_dict(state["trainer"])
+        self.stream.load_state_dict(state["stream"])
+        self._before_batch = state["stream"]
+        self.update, self.step = state["update"], state["step"]
+        self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self._done, self._tally = state["done"], Tally(*state["tally"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+
+
+def train(trainer: Trainer, stream: Stream, updates: int, max_seconds: float | None = None) -> Iterator[Progress]:
     """Train on the next ``updates`` batches of a stream, yielding after each.
 
     Args:
         trainer: what learns.
-        stream: a task or curriculum.
+        stream: a task, a curriculum or a corpus.
         updates: batches to train on.
         max_seconds: stop after the first update that ends later than this; the caller sees it from ``update``.
 
     Yields:
         The state of the training after each update.
     """
-    start, tokens = time.perf_counter(), 0
-    for update, batch in zip(range(updates), stream, strict=False):
-        trainer.set_progress(update / max(updates - 1, 1))
-        tally = trainer.train_batch(batch)
-        length, streams = batch.target.shape
-        tokens += length * streams
-        seconds = time.perf_counter() - start
-        yield Progress(update + 1, length, tally, tokens, seconds)
-        if max_seconds is not None and seconds > max_seconds:
-            return
+    for progress in Training(trainer, stream, updates).segments():
+        if progress.complete:
+            yield progress
+            if max_seconds is not None and progress.seconds > max_seconds:
+                return

@@ -27,12 +27,17 @@ _CATCH_UP = f"{_RING}, Tensor streams, Tensor groups, Tensor starts, int slot_si
 _ROUNDING = 'str precision="ieee", Tensor(b!)? seed=None'
 
 SCHEMAS = {
-    "influence_update_": f"{_UPDATE}, Tensor streams, Tensor groups, {_FACTORS}, {_ROUNDING}",
-    "loss_row_": "Tensor u, Tensor groups, Tensor(b!)? seed=None",
-    "catch_up_": f"{_CATCH_UP}, {_ROUNDING}",
-    "catch_up_update_": f"{_CATCH_UP}, {_UPDATE}, {_FACTORS}, {_ROUNDING}",
+    "influence_update_": f"Tensor(a!) P, {_UPDATE}, Tensor streams, Tensor groups, {_FACTORS}, {_ROUNDING}",
+    "loss_row_": "Tensor(a!) P, Tensor u, Tensor groups, Tensor(b!)? seed=None",
+    "catch_up_": f"Tensor(a!) P, {_CATCH_UP}, {_ROUNDING}",
+    "catch_up_update_": f"Tensor(a!) P, {_CATCH_UP}, {_UPDATE}, {_FACTORS}, {_ROUNDING}",
+    "diagonal_update_": ("Tensor(a!) P, Tensor decay, Tensor delta, Tensor z, Tensor(b!)? g=None, Tensor? u=None"),
+    "diagonal_loss_": "Tensor(a!) g, Tensor P, Tensor u",
 }
-"""Arguments after ``P`` of each operation that has a kernel."""
+"""Arguments of each operation that has a kernel."""
+
+WITHOUT_PRECISION = ("loss_row_", "diagonal_update_", "diagonal_loss_")
+"""Operations that multiply no matrices."""
 
 
 def _launcher(name: str) -> Callable[..., None]:
@@ -59,7 +64,7 @@ def register(library: torch.library.Library, names: tuple[str, ...]) -> None:
     An operation that a compiled library already serves on CUDA stays with it.
     """
     for name, arguments in SCHEMAS.items():
-        library.define(f"triton_{name}(Tensor(a!) P, {arguments}) -> ()")
+        library.define(f"triton_{name}({arguments}) -> ()")
         library.impl(f"triton_{name}", _launcher(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"sparse_rtrl::triton_{name}", _nothing, lib=library)
         served = name in names and torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_rtrl::{name}", "CUDA")
@@ -83,7 +88,7 @@ class TritonOperations:
         if name not in SCHEMAS:
             return getattr(self._others, name)
         operation = getattr(torch.ops.sparse_rtrl, f"triton_{name}")
-        if name == "loss_row_":
+        if name in WITHOUT_PRECISION:
             return operation
         return lambda *args: operation(*args, precision=self.precision)
 

@@ -114,6 +114,31 @@ CATCH_UPS = (
 """State size, written rows, dtype of the influence and precision of the catch-ups that are compiled."""
 
 
+DIAGONALS = (
+    (512, torch.float32, True),
+    (512, torch.complex64, True),
+    (512, torch.float32, False),
+    (22, torch.complex64, True),
+    (1, torch.float32, True),
+    (1, torch.complex64, True),
+    (512, torch.float64, True),
+    (512, torch.complex128, True),
+)
+"""Columns and dtype of the influence of the diagonal updates that are compiled, and whether they form the gradient."""
+
+
+def diagonal_arguments(columns, dtype, batch=2, rows=64, tau=3):
+    """Arguments of an update of a diagonal recurrence with its gradient."""
+    return [
+        torch.empty(batch, rows, columns, dtype=dtype),
+        torch.empty(batch, rows, dtype=dtype),
+        torch.empty(batch, rows, tau, dtype=dtype),
+        torch.empty(batch, tau, columns, dtype=dtype.to_real()),
+        torch.empty(rows, columns, dtype=dtype),
+        torch.empty(batch, rows, dtype=dtype),
+    ]
+
+
 def launches():
     """Names and calls of what is compiled: every tile shape and every kind of arithmetic and storage at least once."""
     for w, dtype, precisions in UPDATES:
@@ -129,6 +154,12 @@ def launches():
     yield "catch_up H=256 w=64 float32 ieee", functools.partial(triton_kernels.catch_up_, *arguments)
     P, u, group = torch.empty(1, 65, 256), torch.empty(1, 64), torch.zeros(1, dtype=torch.int64)
     yield "loss_row float32 ieee", functools.partial(triton_kernels.loss_row_, P, u, group)
+    for columns, dtype, loss in DIAGONALS:
+        arguments = diagonal_arguments(columns, dtype)[: 6 if loss else 4]
+        name = f"diagonal_update J={columns} {str(dtype)[6:]} {'with' if loss else 'without'} loss ieee"
+        yield name, functools.partial(triton_kernels.diagonal_update_, *arguments)
+    P, _, _, _, g, u = diagonal_arguments(512, torch.complex64)
+    yield "diagonal_loss complex64 ieee", functools.partial(triton_kernels.diagonal_loss_, g, P, u)
 
 
 def compile_instead(name, kernel, programs, arguments, **constants):

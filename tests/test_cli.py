@@ -4,9 +4,11 @@ import csv
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sparse_rtrl.cli import app
+from sparse_rtrl.runlog import METRICS, read_lines
 
 TINY = ["--batch-size", "2", "--updates", "3", "--eval-sequences", "20", "--slot-size", "8", "--length", "12"]
 
@@ -34,14 +36,20 @@ def test_train_keeps_everything_in_a_run_folder(method, tmp_path):
     output = invoke("train", "-m", method, *TINY, "--runs", tmp_path, "--name", "it", "--evaluate-at", 16)
     folder = tmp_path / "it"
     assert "chance 25.0%" in output and "length 16" in output
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["update"] for row in rows] == ["1", "2", "3"]
-    assert all(float(row["tokens_per_second"]) > 0 for row in rows)
+    rows = read_lines(folder / "metrics.jsonl")
+    assert [row["update"] for row in rows] == [1, 2, 3]
+    assert all(row["tokens_per_second"] > 0 and set(row) <= set(METRICS) for row in rows)
     assert json.loads((folder / "config.json").read_text())["method"] == method
     assert "16" in json.loads((folder / "results.json").read_text())["accuracy"]
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert list(folder.glob("events.out.tfevents.*")) and (folder / "model.pt").exists()
+
+
+@pytest.mark.parametrize("cell", ["lru", "retention", "rwkv", "mamba", "elstm"])
+def test_diagonal_cells_train_and_pass_the_gradient_check(cell, tmp_path):
+    assert "fresh sequences" in invoke("train", "--cell", cell, *TINY, "--segment", 1, "--runs", tmp_path)
+    output = invoke("check", "--cell", cell, "--length", 5, "--slot-size", 2, "--num-slots", 2)
+    assert "gradients agree" in output
 
 
 @pytest.mark.parametrize("task", ["haystack", "copy", "anbn", "recall"])
@@ -49,6 +57,29 @@ def test_every_task_trains(task, tmp_path):
     arguments = ["--batch-size", "2", "--updates", "2", "--eval-sequences", "4", "--slot-size", "8", "--segment", "4"]
     output = invoke("train", "--task", task, "--length", 40, "--start-length", 40, *arguments, "--runs", tmp_path)
     assert "fresh sequences" in output
+
+
+def test_train_on_real_data_and_resume(tmp_path):
+    fasta = tmp_path / "x.fa"
+    fasta.write_text(">a\nACGTTGCATTTGACNNAGATTAGAC\n>b\nGATTACAGATTACA\n")
+    tiny = ["--batch-size", "2", "--length", "8", "--segment", "4", "--slot-size", "4", "--runs", tmp_path]
+    output = invoke("train", "--task", "bytes", *tiny, "--updates", 3, "--name", "b", "--lyapunov-weight", "0.1")
+    assert "bits per symbol" in output and "fresh sequences" not in output
+    rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert all(6 < row["bits_per_byte"] < 10 and abs(row["lyapunov"]) < 1 for row in rows)
+    bits = json.loads((tmp_path / "b" / "results.json").read_text())["bits_per_symbol"]
+    assert bits["stream"] == pytest.approx(sum(row["bits_per_byte"] for row in rows) / 3)
+    assert bits["last_tenth"] == pytest.approx(rows[-1]["bits_per_byte"])
+
+    options = [*tiny, "--task", "fasta", "--corpus", fasta, "--reset-at-borders", "--lyapunov-weight", "0.1"]
+    options += ["--lr", "0.01", "--final-lr", "0.01"]
+    for name, updates in (("whole", 6), ("begun", 3)):
+        invoke("train", *options, "--updates", updates, "--name", name)
+    invoke("train", "--resume", tmp_path / "begun", "--updates", 6)
+    whole, resumed = (torch.load(tmp_path / name / "model.pt") for name in ("whole", "begun"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "begun")]
+    assert [json.loads(line)["lyapunov"] for line in logs[0]] == [json.loads(line)["lyapunov"] for line in logs[1]]
 
 
 def test_demo_ends_with_a_table_and_a_picture(tmp_path):
@@ -108,11 +139,17 @@ def test_plan_prints_its_decision_and_the_cost_of_each_way():
     [
         (["train", "--top-k", 9], "top_k must be at most num_experts=4, got 9"),
         (["train", "--length", 3], "length"),
+        (["train", "--corpus", "x"], "corpus and reset_at_borders are for the tasks bytes, fasta, got haystack"),
+        (["train", "--task", "fasta"], "corpus must name a FASTA file"),
+        (["train", "--task", "bytes", "--corpus", "/nowhere"], "there is no /nowhere"),
+        (["train", "-m", "gru-bptt", "--lyapunov-weight", 1], "lyapunov_weight must be None for the method gru-bptt"),
         (["train", "--batch-size", 0], "batch_size must be at least 1, got 0"),
         (["compare", "direct", "-m", "rtrl", "-m", "rtrl"], "methods must be distinct"),
         (["check", "--length", 0], "length must be at least 1, got 0"),
         (["check", "--catch-up", "lazy"], "catch_up must be one of"),
         (["plan", "--buffer", 0], "buffer must be"),
+        (["plan", "--cell", "lru"], "cell must have experts to plan for"),
+        (["train", "--cell", "lru", "-m", "jacrev"], "method jacrev is for the cells slot-moe"),
         (["plan", "--flush-every", 0], "flush_every must be"),
     ],
 )

@@ -26,7 +26,7 @@ def test_dry_run(tmp_path):
     report = json.loads(out.read_text())
     assert report["dry_run"] and report["machine"]["commit"] and report["status"]["tests"] == 0
     shapes = {(row["name"], *row["shape"].values(), row["precision"]) for row in report["rows"]}
-    assert len(shapes) == len(report["rows"]) == 19
+    assert len(shapes) == len(report["rows"]) == 23
     for row in report["rows"]:
         assert row["median_seconds"] is None and row["fraction_of_roof"] is None
         assert all(row["checked"].values()) and row["bitwise_repeatable"] and row["bytes"] > 0 and row["flops"] > 0

@@ -114,4 +114,7 @@ def test_opcheck():
     factors = ([torch.randn(3, 2, 1, 2)], [torch.randn(3, 1, 2)], [1])
     check("catch_up_update_", *replay, *update, *factors)
     check("suffix_loss_rows", *leaves, tree._count, torch.tensor([[1, 2], [5, 4]]), torch.randn(2, 6), 2)
+    P, u = torch.randn(2, 3, 4), torch.randn(2, 3)
+    check("diagonal_update_", P, u, torch.randn(2, 3, 1), torch.randn(2, 1, 4), torch.randn(3, 4), u)
+    check("diagonal_loss_", torch.randn(3, 4), P, u)
     assert checked == set(ops.NAMES)

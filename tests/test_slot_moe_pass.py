@@ -3,15 +3,16 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from oracle import gradients_of
 from torch import Tensor
 
 from sparse_rtrl import RTRL, NonFiniteError, SlotMoECell, ops
+from sparse_rtrl.gradient_method import unroll
 from sparse_rtrl.slot_moe_pass import SlotMoePass
-from sparse_rtrl.training import unroll
-from tests.oracle import gradients_of
 
 pytestmark = pytest.mark.skipif(bool(ops.compiled_problem), reason="the compiled operations were not built")
 
@@ -130,8 +131,13 @@ def test_float32_has_the_error_of_bptt() -> None:
 def test_other_instruction_sets(cpu: str) -> None:
     if cpu == "avx2" and "avx2" not in open("/proc/cpuinfo").read():
         pytest.skip("the processor lacks AVX2")
-    code = "from tests import test_slot_moe_pass as t\nfor n in t.SIZES: t.test_gradient_is_that_of_bptt(n, 7)"
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "SPARSE_RTRL_CPU": cpu}, capture_output=True)
+    code = "import test_slot_moe_pass as t\nfor n in t.SIZES: t.test_gradient_is_that_of_bptt(n, 7)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SPARSE_RTRL_CPU": cpu},
+        capture_output=True,
+        cwd=Path(__file__).parent,
+    )
     assert run.returncode == 0, run.stderr.decode()
 
 

@@ -9,19 +9,11 @@ from torch import nn
 
 from sparse_rtrl.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
 from sparse_rtrl.cells import SlotMoECell
-from sparse_rtrl.tasks import IGNORE, Batch, Curriculum, Haystack
-from sparse_rtrl.training import (
-    Accuracy,
-    GradientMethod,
-    SparseRTRL,
-    Tally,
-    Trainer,
-    answer_loss,
-    evaluate,
-    train,
-    unroll,
-    wilson_interval,
-)
+from sparse_rtrl.errors import DivergenceError
+from sparse_rtrl.evaluation import Accuracy, evaluate, wilson_interval
+from sparse_rtrl.gradient_method import GradientMethod, SparseRTRL, Tally, answer_loss, unroll
+from sparse_rtrl.tasks import IGNORE, Batch, Copy, Curriculum, Haystack
+from sparse_rtrl.training import Trainer, Training, train
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +61,25 @@ class Scripted(GradientMethod):
     def __init__(self, tallies):
         self.model = Answers()
         self.tallies = tallies
+        self.segment = 5 // len(tallies)  # of sequences of length 5
         self.completed = 0
+        self.resets = []
 
-    def segments(self, batch, mean_per_segment=False):
-        for tally in self.tallies:
-            grad = torch.tensor(float(tally.asked))
-            self.model.scale.grad = grad if self.model.scale.grad is None else self.model.scale.grad + grad
-            yield tally
+    def reset(self, streams=None):
+        self.resets.append(streams)
+        self.remaining = iter(self.tallies)
+
+    def learn(self, x, target, divisor):
+        tally = next(self.remaining)
+        grad = torch.tensor(float(tally.asked))
+        self.model.scale.grad = grad if self.model.scale.grad is None else self.model.scale.grad + grad
+        return tally
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
     def complete_gradient(self):
         self.completed += 1
@@ -108,7 +112,7 @@ def test_unroll_of_a_cell_is_its_steps():
 
 @pytest.mark.parametrize(("per_segment", "steps"), [(False, 1), (True, 2)])
 def test_trainer_steps_once_per_batch_or_per_asking_segment(per_segment, steps):
-    method = Scripted([Tally(1.0, 0, 1), Tally(), Tally(3.0, 2, 2)])
+    method = Scripted([Tally(1.0, 0, 1), Tally(), Tally(), Tally(), Tally(3.0, 2, 2)])
     trainer = Trainer(method, step_per_segment=per_segment)
     calls = []
     trainer.optimizer.register_step_pre_hook(lambda *args: calls.append(float(method.model.scale.grad)))
@@ -128,11 +132,62 @@ def test_clipping_can_be_switched_off():
     assert calls == [7.0]
 
 
-def test_non_finite_loss_stops_before_the_step():
-    method = Scripted([Tally(math.nan, 0, 1)])
+def test_the_norm_of_the_gradient_is_that_before_clipping():
+    trainer = Trainer(Scripted([Tally(1.0, 0, 7)]))
+    assert math.isnan(trainer.gradient_norm)
+    trainer.train_batch(Haystack(5, 2).sample())
+    assert trainer.gradient_norm == 7.0
+
+
+def test_weight_decay_is_decoupled_from_the_gradient():
+    # Without a gradient AdamW multiplies by 1 - learning_rate * weight_decay; L2 in the gradient would move by about
+    # the learning rate.
+    trainer = Trainer(Scripted([Tally()]), learning_rate=0.1, weight_decay=0.5)
+    trainer.method.model.scale.grad = torch.zeros(())
+    trainer.train_batch(Haystack(5, 2).sample())
+    assert trainer.method.model.scale.item() == pytest.approx(0.95)
+    with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
+        Trainer(Scripted([Tally()]), weight_decay=-1.0)
+
+
+class Broken(nn.Module):
+    """Answers that are not finite from a step of its life on."""
+
+    def __init__(self, bad_step):
+        super().__init__()
+        self.readout = nn.Linear(6, 4)
+        self.bad_step = bad_step
+
+    def initial_state(self, batch_size):
+        return torch.zeros(batch_size, 1)
+
+    def forward(self, x, state):
+        steps = state + torch.arange(1, len(x) + 1).view(-1, 1, 1)
+        return torch.where(steps > self.bad_step, math.inf, 1.0) * self.readout(x), steps[-1]
+
+
+def test_divergence_names_the_first_bad_step_and_does_not_step():
+    task = Copy(10, 2)  # asks at its last 5 steps
+    model = Broken(bad_step=17)
+    method = TBPTT(model, segment=4)
+    method.reset = lambda streams=None: None
     trainer = Trainer(method)
-    with pytest.raises(FloatingPointError, match="loss is nan"):
-        trainer.train_batch(Haystack(5, 2).sample())
+    training = Training(trainer, task, updates=5)
+    seen = []
+    with pytest.raises(DivergenceError, match="at step 17, in update 2: the loss is") as caught:
+        for progress in training.segments():
+            seen.append((progress.update, progress.complete))
+            before = model.readout.weight.clone()
+    assert (caught.value.step, caught.value.update) == (17, 2)
+    assert seen == [(0, False), (0, False), (1, True), (1, False)]
+    assert torch.equal(model.readout.weight, before) and torch.isfinite(before).all()
+
+
+def test_a_gradient_that_is_not_finite_is_not_stepped_with():
+    method = Scripted([Tally(1.0, 0, 1)])
+    method.learn = lambda x, target, divisor: setattr(method.model.scale, "grad", torch.tensor(math.inf)) or Tally()
+    with pytest.raises(DivergenceError, match="at step 4, in update 1: the norm of the gradient is inf"):
+        list(Training(Trainer(method), Haystack(5, 2), updates=2).segments())
     assert method.model.scale.item() == 1.0
 
 
@@ -150,10 +205,10 @@ def test_every_exact_method_learns_a_short_haystack(name):
         pytest.importorskip("sparse_rtrl.learner")
     task = Haystack(5, 16, seed=1)
     trainer = Trainer(METHODS[name](16), learning_rate=1e-2)
-    before = trainer.evaluate(Haystack(5, 64, seed=2), 128).value
+    before = evaluate(trainer.method.model, Haystack(5, 64, seed=2), 128).value
     for _progress in train(trainer, task, updates=80):
         pass
-    after = trainer.evaluate(Haystack(5, 64, seed=2), 128)
+    after = evaluate(trainer.method.model, Haystack(5, 64, seed=2), 128)
     assert before < 0.6
     assert after.value > 0.9
 

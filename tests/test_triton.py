@@ -468,6 +468,74 @@ def test_bfloat16_update_is_near_the_exact_one(device):
     assert (error <= 2**-7 * exact[0].abs() + 1e-6).all() and error.max() > 0
 
 
+def diagonal_problem(batch, rows, tau, columns, dtype, loss):
+    """Arguments of ``diagonal_update_`` in double precision."""
+    g = torch.Generator().manual_seed(columns)
+    dtype = torch.complex128 if dtype.is_complex else torch.float64
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=dtype)
+
+    arguments = [draw(batch, rows, columns), draw(batch, rows), draw(batch, rows, tau), randn(g, batch, tau, columns)]
+    return [*arguments, draw(rows, columns), draw(batch, rows)] if loss else arguments
+
+
+def cast(values, real, device="cpu"):
+    """Copies in another precision, complex where they are complex."""
+    return [v.to(device, real.to_complex() if v.is_complex() else real, copy=True) for v in values]
+
+
+@on_devices
+@pytest.mark.parametrize("loss", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize(("rows", "columns", "tau"), [(9, 300, 1), (5, 7, 3), (1100, 1, 1), (3, 1, 0)])
+def test_diagonal_update(rows, columns, tau, dtype, loss, device):
+    arguments = diagonal_problem(2, rows, tau, columns, dtype, loss)
+    real = dtype.to_real()
+    single = cast(arguments, torch.float32)
+    given = single if real == torch.float32 else arguments
+    exact, own, own_exact = cast(given, torch.float64), cast(single, torch.float32), cast(single, torch.float64)
+    for values in (exact, own, own_exact):
+        reference.diagonal_update_(*values)
+    found = cast(given, real, device)
+    guards = []
+    for i in (0, 4)[: 1 + loss]:  # what is changed lies between NaN in memory
+        guards.append(torch.full((found[i].numel() + 64,), torch.nan, dtype=dtype, device=device))
+        guards[-1][32:-32] = found[i].flatten()
+        found[i] = guards[-1][32:-32].view(found[i].shape)
+    triton_kernels.diagonal_update_(*found)
+    eps = torch.finfo(dtype).eps
+    for i, guard in zip((0, 4), guards, strict=False):
+        own_error = (own[i] - own_exact[i]).norm() * (eps / torch.finfo(torch.float32).eps)
+        assert (found[i].cpu() - exact[i]).norm() <= 2 * own_error + eps * exact[i].norm()
+        assert guard[:32].isnan().all() and guard[-32:].isnan().all()
+    if loss and columns == 300:
+        P, _, _, _, g, u = cast(given, real, device)
+        triton_kernels.diagonal_loss_(g, P, u.conj().resolve_conj().conj())
+        assert (g - found[4]).norm() <= 4 * eps * g.norm()
+        assert torch.equal(P.cpu(), given[0].to(dtype))
+
+
+@on_devices
+def test_wrong_arguments_of_diagonal_operations(device):
+    P, decay, delta, z, g, u = to(diagonal_problem(2, 4, 1, 5, torch.float32, True), torch.float32, device)
+    update = triton_kernels.diagonal_update_
+    with pytest.raises(ValueError, match=r"P must have shape \(B, R, J\) and be contiguous"):
+        update(P.mT, decay, delta, z)
+    with pytest.raises(TypeError, match=r"P must be float32.*bfloat16"):
+        update(P.bfloat16(), decay, delta, z)
+    with pytest.raises(ValueError, match=r"decay must have shape \(2, 4\), got \(1, 4\)"):
+        update(P, decay[:1], delta, z)
+    with pytest.raises(ValueError, match=r"z must have shape \(2, 1, 5\)"):
+        update(P, decay, delta, z[:, :0])
+    with pytest.raises(TypeError, match=r"u must be torch.float32"):
+        update(P, decay, delta, z, g, u.double())
+    with pytest.raises(ValueError, match="g without u"):
+        update(P, decay, delta, z, g)
+    with pytest.raises(ValueError, match="g must be contiguous"):
+        triton_kernels.diagonal_loss_(torch.zeros(5, 4, device=device).mT, P, u)
+
+
 @on_devices
 def test_opcheck(device):
     tests = ("test_schema", "test_faketensor")
@@ -476,6 +544,10 @@ def test_opcheck(device):
     torch.library.opcheck(operations.triton_influence_update_.default, tuple(update), test_utils=tests)
     P, u, seed = update[0].bfloat16(), update[0][: len(update[6]), -1, :15].contiguous(), update[6][0] * 0
     torch.library.opcheck(operations.triton_loss_row_.default, (P, u, update[6], seed), test_utils=tests)
+    diagonal = cast(diagonal_problem(2, 4, 1, 5, torch.complex64, True), torch.float32, device)
+    torch.library.opcheck(operations.triton_diagonal_update_.default, tuple(diagonal), test_utils=tests)
+    loss = (diagonal[4], diagonal[0], diagonal[5])
+    torch.library.opcheck(operations.triton_diagonal_loss_.default, loss, test_utils=tests)
     past = to(catch_up_problem(), torch.float32, device)
     torch.library.opcheck(operations.triton_catch_up_.default, tuple(past), test_utils=tests)
     now = to(problem(4, 5, groups=7), torch.float32, device)

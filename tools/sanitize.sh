@@ -32,4 +32,5 @@ assert not ops.compiled_problem, ops.compiled_problem"
 tests=$root/tests
 "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider --numprocesses auto \
   "$tests/test_compiled.py" "$tests/test_tree.py" "$tests/test_ops.py" "$tests/test_slot_moe_pass.py" \
+  "$tests/test_diagonal_ops.py" \
   -k "not other_instruction_sets"

@@ -58,6 +58,23 @@ struct LossRow {
   int64_t count;            // M
 };
 
+// P <- decay P + delta z, and before that g += sum over streams of u conj(P). Complex numbers are pairs of real ones
+// throughout, except in z; sizes count entries, not numbers. A loss alone has neither decay, delta nor z.
+template <typename T>
+struct DiagonalUpdate {
+  T* P;             // (B, R, J); a loss alone only reads it
+  const T* decay;   // (B, R)
+  const T* delta;   // (B, R, tau)
+  const T* z;       // (B, tau, J), real
+  T* g;             // (R, J), or null
+  const T* u;       // (B, R), or null
+  int64_t batch;    // B
+  int64_t rows;     // R
+  int64_t columns;  // J
+  int64_t tau;
+  bool complex_numbers;
+};
+
 template <typename T>
 struct Kernels {
   const char* name;
@@ -71,6 +88,8 @@ struct Kernels {
   void (*slot_moe_pull_back)(const SlotMoePullBack<T>&, const Parallel&);
   void (*slot_moe_transfer)(const SlotMoeTransfer<T>&, const Parallel&);
   void (*slot_moe_commit)(const SlotMoeCommit<T>&, const Parallel&);
+  void (*diagonal_update)(const DiagonalUpdate<T>&, const Parallel&);
+  void (*diagonal_loss)(const DiagonalUpdate<T>&, const Parallel&);
 };
 
 namespace generic {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from sparse_rtrl.methods.diagonal import Diagonal
 from sparse_rtrl.methods.exact import Exact
 from sparse_rtrl.methods.past import Past
 from sparse_rtrl.methods.rflo import RFLO
@@ -15,4 +16,4 @@ Method: TypeAlias = Literal["exact", "snap1", "rflo", "uoro", "truncated"]
 
 METHODS: dict[str, type[Past]] = {past.name: past for past in (Exact, SnAp1, RFLO, UORO, Truncated)}
 
-__all__ = ["METHODS", "RFLO", "UORO", "Exact", "Method", "Past", "SnAp1", "Truncated"]
+__all__ = ["METHODS", "RFLO", "UORO", "Diagonal", "Exact", "Method", "Past", "SnAp1", "Truncated"]

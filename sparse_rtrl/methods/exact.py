@@ -115,6 +115,7 @@ class Exact(Past):
 
     def _save(self) -> Any:
         assert self._influence is not None
+        self._influence.commit()
         return self._influence.state_dict()
 
     def _load(self, kept: Any) -> None:

@@ -53,22 +53,13 @@ class Past(ABC):
             MemoryError: if what must be kept does not fit into memory.
             NonFiniteError: if the state or a Jacobian is not finite.
         """
-        self._check_like(end)
+        check_like(self.like, end)
         known = {p.name for p in self.parameters}
         reached = {p.name for p in selected if id(p.tensor) in graph.accumulators}
         if self.like is None or not reached <= known:
             self._admit([p for p in selected if p.name in reached | known], end)
         self._close(end, entry, graph)
         self.segments += 1
-
-    def _check_like(self, end: Tensor) -> None:
-        like = self.like
-        if like is not None and (like.shape[:2] != end.shape or like.dtype != end.dtype or like.device != end.device):
-            raise ValueError(
-                f"state must keep its size, dtype and device, (B, H) = {tuple(like.shape[:2])}, {like.dtype} on"
-                f" {like.device}; got {tuple(end.shape)}, {end.dtype} on {end.device}. For other streams make a new"
-                " Carry"
-            )
 
     def _admit(self, parameters: list[RecurrentParameter], end: Tensor) -> None:
         """Carry these parameters from now on; those that are new have no influence yet."""
@@ -161,6 +152,19 @@ class Past(ABC):
     @abstractmethod
     def _load(self, kept: Any) -> None:
         """Restore what :meth:`_save` returned, for the same parameters."""
+
+
+def check_like(like: Tensor | None, end: Tensor) -> None:
+    """Refuse a state ``end (B, H)`` that differs from those before, ``like (B, H, 0)``.
+
+    Raises:
+        ValueError: with both.
+    """
+    if like is not None and (like.shape[:2] != end.shape or like.dtype != end.dtype or like.device != end.device):
+        raise ValueError(
+            f"state must keep its size, dtype and device, (B, H) = {tuple(like.shape[:2])}, {like.dtype} on"
+            f" {like.device}; got {tuple(end.shape)}, {end.dtype} on {end.device}. For other streams make a new Carry"
+        )
 
 
 def too_late() -> RuntimeError:

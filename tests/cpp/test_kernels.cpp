@@ -1,6 +1,7 @@
 // The kernels of one instruction set against plain loops in double precision.
 #include <algorithm>
 #include <cmath>
+#include <complex>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -156,8 +157,62 @@ void catch_up(int64_t D) {
   for (int64_t c = 0; c < N; ++c) CHECK(std::abs(gained[H * N + c] - P[H * N + c]) <= tolerance * scale);
 }
 
+// Entries as complex numbers, whatever they are.
+template <typename T>
+std::complex<double> entry(const std::vector<T>& numbers, int64_t i, bool complex_numbers) {
+  if (complex_numbers) return {numbers[2 * i], numbers[2 * i + 1]};
+  return numbers[i];
+}
+
+template <typename T>
+void diagonal(int64_t R, int64_t J, int64_t tau, bool complex_numbers) {
+  const int64_t B = 2, size = complex_numbers ? 2 : 1;
+  std::vector<T> P = random_numbers<T>(size * B * R * J), g = random_numbers<T>(size * R * J);
+  const std::vector<T> decay = random_numbers<T>(size * B * R), delta = random_numbers<T>(size * B * R * tau);
+  const std::vector<T> z = random_numbers<T>(B * tau * J), u = random_numbers<T>(size * B * R);
+  const std::vector<T> before = P, g_before = g;
+  std::vector<T> loss = g;
+  const DiagonalUpdate<T> of_loss{P.data(), nullptr, nullptr, nullptr, loss.data(), u.data(), B, R, J, 0, complex_numbers};
+  kernels<T>().diagonal_loss(of_loss, kSerial);
+  for (size_t i = 0; i < P.size(); ++i) CHECK(P[i] == before[i]);
+  kernels<T>().diagonal_update(
+      {P.data(), decay.data(), delta.data(), z.data(), g.data(), u.data(), B, R, J, tau, complex_numbers}, kSerial);
+  std::vector<T> without = before;
+  kernels<T>().diagonal_update(
+      {without.data(), decay.data(), delta.data(), z.data(), nullptr, nullptr, B, R, J, tau, complex_numbers}, kSerial);
+  const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-13;
+  const auto near = [&](std::complex<double> a, std::complex<double> b) {
+    return std::abs(a - b) <= tolerance * (1.0 + std::abs(b));
+  };
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t j = 0; j < J; ++j) {
+      std::complex<double> gain = entry(g_before, r * J + j, complex_numbers);
+      for (int64_t b = 0; b < B; ++b) {
+        const int64_t row = b * R + r;
+        const std::complex<double> old = entry(before, row * J + j, complex_numbers);
+        std::complex<double> moved = entry(decay, row, complex_numbers) * old;
+        for (int64_t t = 0; t < tau; ++t) {
+          moved += entry(delta, row * tau + t, complex_numbers) * static_cast<double>(z[(b * tau + t) * J + j]);
+        }
+        gain += entry(u, row, complex_numbers) * std::conj(old);
+        CHECK(near(entry(P, row * J + j, complex_numbers), moved), << R << " " << J << " " << tau);
+        CHECK(near(entry(without, row * J + j, complex_numbers), moved));
+      }
+      CHECK(near(entry(g, r * J + j, complex_numbers), gain), << R << " " << J << " " << tau);
+      CHECK(near(entry(loss, r * J + j, complex_numbers), gain));
+    }
+  }
+}
+
 template <typename T>
 void all() {
+  for (const int64_t R : {1, 5, 37}) {
+    for (const int64_t J : {1, 2, 31, 64}) {
+      for (const int64_t tau : {0, 1, 2, 7}) {
+        for (const bool complex_numbers : {false, true}) diagonal<T>(R, J, tau, complex_numbers);
+      }
+    }
+  }
   for (const int64_t D : {1, 3, 16, 33}) {
     for (const int64_t kw : {0, 1, 2, 5}) {
       for (const int64_t J : {1, 2, 31, 64}) {

@@ -1,0 +1,200 @@
+"""Time per token of diagonal cells: exact online gradients beside a plain forward pass and TBPTT(64), in one run.
+
+``python bench/diagonal.py --out bench/results/diagonal_cpu.json`` runs LRU and retention at widths 128, 512 and 2048
+with batch 1 and 16. Width is the size of input, output and hidden state (LRU), or of all keys and all values together
+(retention, heads of 32). Every step has a loss; nobody steps an optimizer. Contestants alternate, medians of rounds:
+
+- *forward*: the cell without gradient, one token at a time, and 64 tokens at a time;
+- *tbptt(64)*: 64 tokens forward and backward, the past before them ignored;
+- *rtrl(1)*, *rtrl(64)*: :class:`sparse_rtrl.RTRL`, the exact gradient after each token, or after each 64.
+
+The gradients of both learners are compared with BPTT, and that of TBPTT(64) shown to differ, before anything is timed.
+Memory: the bytes of the influence matrices, and by how much the resident set grows when a learner is built and takes
+its first step.
+"""
+
+import argparse
+import csv
+import gc
+import json
+import math
+import statistics
+from collections.abc import Callable
+
+import torch
+from influence_update import machine, seconds
+from torch import Tensor
+
+from sparse_rtrl import RTRL, ops
+from sparse_rtrl.cells import LRUCell, RetentionCell
+from sparse_rtrl.diagonal_cell import DiagonalCell
+from sparse_rtrl.diagonal_learner import DiagonalRTRL
+from sparse_rtrl.measurement import resident_bytes
+
+WIDTHS, BATCHES, SEGMENT = (128, 512, 2048), (1, 16), 64
+ERROR_BOUND = 1e-3
+COLUMNS = ("cell", "width", "batch", "forward(1)", "forward(64)", "tbptt(64)", "rtrl(1)", "rtrl(64)")
+
+
+def make_cell(kind: str, width: int) -> DiagonalCell:
+    """A layer whose input and output are as wide as it is."""
+    torch.manual_seed(0)
+    if kind == "lru":
+        return LRUCell(width, width, width)
+    return RetentionCell(width, max(1, width // 32), min(32, width), width)
+
+
+def mean_output(outputs: Tensor, weight: Tensor) -> Tensor:
+    """A loss of some steps: a fixed direction of the outputs, averaged over the streams."""
+    return (outputs * weight).sum() / outputs.shape[1]
+
+
+def gradient(cell: DiagonalCell) -> Tensor:
+    """Gradient of the parameters that reach the state, as one vector; clears it."""
+    found = torch.cat(
+        [p.grad.flatten() for n, p in cell.named_parameters() if p.grad is not None and not n.startswith("readout.")]
+    )
+    clear(cell)
+    return found
+
+
+def clear(cell: DiagonalCell) -> None:
+    """Forget the gradient."""
+    for parameter in cell.parameters():
+        parameter.grad = None
+
+
+def run_learner(learner: DiagonalRTRL, xs: Tensor, weight: Tensor, segment: int) -> None:
+    """Learn from all tokens."""
+    for x in xs.split(segment):
+        mean_output(learner.unroll(x), weight).backward()
+
+
+def run_tbptt(cell: DiagonalCell, xs: Tensor, weight: Tensor, segment: int) -> None:
+    """Truncated backpropagation; with the length of ``xs`` as segment it is BPTT."""
+    state = cell.initial_state(xs.shape[1])
+    for x in xs.split(segment):
+        outputs, state = cell.unroll(x, state)
+        mean_output(outputs, weight).backward()
+        state = state.detach()
+
+
+@torch.no_grad()
+def run_forward(cell: DiagonalCell, xs: Tensor, segment: int) -> None:
+    """The plain forward pass."""
+    state = cell.initial_state(xs.shape[1])
+    for x in xs.split(segment):
+        _, state = cell.unroll(x, state)
+
+
+def check_gradients(cell: DiagonalCell, batch: int, weight: Tensor) -> dict[str, float]:
+    """Relative errors against BPTT over two segments, and over 6 tokens for segments of one.
+
+    The errors of truncated BPTT over the same segments show that the past matters.
+    """
+    errors = {}
+    for segment, length in ((SEGMENT, 2 * SEGMENT), (1, 6)):
+        xs = torch.randn(length, batch, cell.input_size)
+        run_tbptt(cell, xs, weight, length)
+        exact = gradient(cell)
+        run_learner(RTRL(cell, batch), xs, weight, segment)
+        errors[f"rtrl({segment})"] = float((gradient(cell) - exact).norm() / exact.norm())
+        run_tbptt(cell, xs, weight, segment)
+        errors[f"tbptt({segment})"] = float((gradient(cell) - exact).norm() / exact.norm())
+    return errors
+
+
+def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> dict:
+    """Check, then time all contestants of one case."""
+    cell = make_cell(kind, width)
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(1))
+    errors = check_gradients(cell, batch, weight)
+    assert max(errors["rtrl(1)"], errors["rtrl(64)"]) < ERROR_BOUND < errors["tbptt(64)"], errors
+    assert errors["tbptt(1)"] > ERROR_BOUND
+    gc.collect()
+    before = resident_bytes()
+    learner = RTRL(cell, batch)
+    xs = torch.randn(SEGMENT, batch, width)
+    run_learner(learner, xs[:2], weight, 1)
+    clear(cell)
+    grown = resident_bytes() - before
+    contestants: dict[str, tuple[int, Callable[[], None]]] = {
+        "forward(1)": (4, lambda: run_forward(cell, xs[:4], 1)),
+        "forward(64)": (SEGMENT, lambda: run_forward(cell, xs, SEGMENT)),
+        "tbptt(64)": (SEGMENT, lambda: run_tbptt(cell, xs, weight, SEGMENT)),
+        "rtrl(1)": (4, lambda: run_learner(learner, xs[:4], weight, 1)),
+        "rtrl(64)": (SEGMENT, lambda: run_learner(learner, xs, weight, SEGMENT)),
+    }
+    repeats = {name: max(1, math.floor(budget / max(seconds(call), 1e-6))) for name, (_, call) in contestants.items()}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, (tokens, call) in contestants.items():
+            clear(cell)
+            times[name].append(seconds(call, repeats[name]) / tokens)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    recurrent = sum(p.numel() for n, p in cell.named_parameters() if p.requires_grad and not n.startswith("readout."))
+    kept = learner._engine.influence.kept_bytes
+    return {
+        "cell": kind,
+        "width": width,
+        "batch": batch,
+        "seconds_per_token": medians,
+        "ratios": {
+            f"{name} / {other}": medians[name] / medians[other]
+            for name, other in (
+                ("rtrl(1)", "forward(1)"),
+                ("rtrl(1)", "tbptt(64)"),
+                ("rtrl(64)", "forward(64)"),
+                ("rtrl(64)", "tbptt(64)"),
+            )
+        },
+        "recurrent_parameters": recurrent,
+        "influence_bytes": kept,
+        "influence_bytes_over_parameters": kept / (4 * batch * recurrent),
+        "resident_growth_bytes": grown,
+        "relative_gradient_error": errors,
+    }
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Measure all cases, print a table, and write JSON and CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=["lru", "retention"])
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--budget", type=float, default=0.1, help="seconds for a contestant in a round, at least a call"
+    )
+    parser.add_argument("--out", help="JSON file; a CSV file of the times is written beside it")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    compiled = not ops.compiled_problem
+    print("microseconds per token" + ("" if compiled else f"; no compiled operations: {ops.compiled_problem}"))
+    print(" ".join(f"{name:>11}" for name in (*COLUMNS, "MB of P", "P/params")))
+    rows = []
+    for kind in options.cells:
+        for width in options.widths:
+            for batch in options.batches:
+                row = measure(kind, width, batch, options.rounds, options.budget)
+                rows.append(row)
+                cells = [kind, width, batch, *(f"{row['seconds_per_token'][n] * 1e6:.0f}" for n in COLUMNS[3:])]
+                cells += [f"{row['influence_bytes'] / 1e6:.1f}", f"{row['influence_bytes_over_parameters']:.3f}"]
+                print(" ".join(f"{c:>11}" for c in cells), flush=True)
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump({"machine": machine(), "compiled": compiled, "rows": rows}, file, indent=1)
+            file.write("\n")
+        with open(options.out.removesuffix(".json") + ".csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*COLUMNS, "influence_bytes", "resident_growth_bytes"])
+            for row in rows:
+                times = [row["seconds_per_token"][n] for n in COLUMNS[3:]]
+                memory = [row["influence_bytes"], row["resident_growth_bytes"]]
+                writer.writerow([row["cell"], row["width"], row["batch"], *times, *memory])
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Haystack far beyond the training length: trained by curriculum in segments of 8 steps, scored at a million tokens.
+
+``python bench/haystack_long.py --out bench/results/haystack_long.json``. Sparse RTRL and truncated BPTT train the same
+slot cell on the same sequences, whose length grows to 110, with the same segment and number of updates; the key is
+always further back than a segment. Both are scored by ``sparse-rtrl train`` on 1,000 fresh sequences of lengths 128 and
+10,000, and here on sequences of a million tokens, which are drawn in parts and never held as a whole. Called again, the
+script goes on where it was stopped, in a training as in a scoring.
+
+The scoring compiles the cell's step, and first checks on short sequences that it gives the answers of the cell itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from sparse_rtrl.checkpoint import load_checkpoint, save_checkpoint
+from sparse_rtrl.contestant import RunConfig, build_method
+from sparse_rtrl.environment import describe_environment
+from sparse_rtrl.evaluation import Accuracy
+from sparse_rtrl.lyapunov import step_of
+from sparse_rtrl.slot_cell import SlotCell
+from sparse_rtrl.streams import TaskStream
+from sparse_rtrl.tasks import Haystack
+from sparse_rtrl.training import Tally
+
+EVALUATION_SEED = 2**31 + 2**30
+TOGETHER = 4
+"""Steps that are compiled into one call."""
+
+Chunk = Callable[[Tensor, Tensor], Tensor]
+"""Moves a state ``(B, S, D)`` through inputs ``(n, B, input_size)``."""
+
+
+def train(folder: Path, method: str, seed: int, options: argparse.Namespace) -> None:
+    """Carry out one training with its scores, or what is left of it."""
+    if (folder / "results.json").exists():
+        return
+    command = [sys.executable, "-m", "sparse_rtrl.cli", "train"]
+    if (folder / "config.json").exists():
+        command += ["--resume", str(folder)]
+    else:
+        settings = {
+            "method": method,
+            "seed": seed,
+            "length": options.length,
+            "segment": options.segment,
+            "updates": options.updates,
+            "curriculum-updates": options.curriculum_updates,
+            "eval-sequences": options.sequences,
+            "runs": folder.parent,
+            "name": folder.name,
+        }
+        command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        command += [part for length in options.evaluate_at for part in ("--evaluate-at", str(length))]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+
+def trained_cell(folder: Path) -> tuple[SlotCell, RunConfig]:
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop("environment")
+    config = RunConfig.from_dict(settings)
+    cell = build_method(config).model
+    cell.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    return cell, config  # type: ignore[return-value]
+
+
+def chunk_of(cell: SlotCell, compiled: bool) -> Chunk:
+    """The cell's steps over a chunk, compiled if asked; its parametrized weights become plain ones."""
+    for module in list(cell.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+    step = step_of(cell)
+
+    def run(xs: Tensor, state: Tensor) -> Tensor:
+        for x in xs.unbind():
+            state = step(x, state)
+        return state
+
+    return torch.compile(run, dynamic=False) if compiled else run
+
+
+@torch.no_grad()
+def score(
+    cell: SlotCell,
+    stream: TaskStream,
+    chunk: Chunk,
+    state: Tensor,
+    save: Callable[[Tensor], None] = lambda state: None,
+    save_seconds: float = 120.0,
+) -> Tally:
+    """Run one batch of sequences to its end, from where the stream is, and count the right answers."""
+    saved = time.perf_counter()
+    for batch in stream:
+        rest = len(batch.x) % TOGETHER or TOGETHER  # the last steps give the answer and run as they are
+        for xs in batch.x[:-rest].split(TOGETHER):
+            state = chunk(xs, state)
+        for x in batch.x[-rest:]:
+            output, _, state = cell(x, state)
+        target = batch.target[-1]
+        if (target >= 0).all():
+            return Tally(0.0, int((output.argmax(-1) == target).sum()), len(target))
+        if time.perf_counter() - saved >= save_seconds:
+            save(state)
+            saved = time.perf_counter()
+    raise AssertionError("a stream does not end")
+
+
+def score_long(folder: Path, options: argparse.Namespace) -> dict:
+    """Accuracy on sequences of ``options.long_length`` tokens, gone on with from the folder's ``scoring.ckpt``."""
+    result, kept = folder / f"accuracy-{options.long_length}.json", folder / "scoring.ckpt"
+    if result.exists():
+        return json.loads(result.read_text())
+    cell, config = trained_cell(folder)
+    batch = options.long_sequences
+
+    def stream_of(length: int, seed: int) -> TaskStream:
+        return TaskStream(Haystack(length, batch, seed=seed, **config.task_options), options.part)
+
+    chunk, plain = (chunk_of(trained_cell(folder)[0], compiled) for compiled in (options.compile, False))
+    initial = cell.initial_state(batch)
+    check = min(1000, options.long_length)
+    answers = [score(cell, stream_of(check, EVALUATION_SEED - 1), steps, initial) for steps in (chunk, plain)]
+    if abs(answers[0].correct - answers[1].correct) > 0.005 * batch:
+        raise RuntimeError(f"compiled steps and the cell must answer alike, got {answers} of {batch}")
+    stream, state, seconds = stream_of(options.long_length, EVALUATION_SEED + config.seed), initial, 0.0
+    if kept.exists():
+        saved = load_checkpoint(kept)
+        stream.load_state_dict(saved["stream"])
+        state, seconds = saved["state"], saved["seconds"]
+    began = time.perf_counter() - seconds
+
+    def save(state: Tensor) -> None:
+        done = {"stream": stream.state_dict(), "state": state, "seconds": time.perf_counter() - began}
+        save_checkpoint(kept, done)
+
+    tally = score(cell, stream, chunk, state, save)
+    accuracy = Accuracy(tally.correct, tally.asked, batch)
+    found = {"length": options.long_length, "correct": tally.correct, "sequences": batch, "value": accuracy.value}
+    found |= {"interval": list(accuracy.interval), "seconds": time.perf_counter() - began}
+    found |= {f"correct_at_{check}_compiled_and_plain": [a.correct for a in answers]}
+    result.write_text(json.dumps(found) + "\n")
+    kept.unlink(missing_ok=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", choices=["rtrl", "tbptt"], default=["rtrl", "tbptt"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--length", type=int, default=110, help="steps at the end of the curriculum")
+    parser.add_argument("--segment", type=int, default=8)
+    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--curriculum-updates", type=int, default=510)
+    parser.add_argument("--evaluate-at", type=int, nargs="+", default=[128, 10_000])
+    parser.add_argument("--sequences", type=int, default=1000, help="of each of these lengths")
+    parser.add_argument("--long-length", type=int, default=1_000_000)
+    parser.add_argument("--long-sequences", type=int, default=250)
+    parser.add_argument("--part", type=int, default=1000, help="steps of the long sequences that are held at a time")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--runs", type=Path, default=Path("runs/haystack_long"), help="folder of the runs")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    runs = []
+    for seed in options.seeds:
+        for method in options.methods:
+            folder = options.runs / f"{method}-{seed}"
+            train(folder, method, seed, options)
+            results = json.loads((folder / "results.json").read_text())["accuracy"]
+            runs.append({"method": method, "seed": seed, "accuracy": results, "long": score_long(folder, options)})
+            told = [f"{accuracy['value']:.1%} at {int(length):,}" for length, accuracy in results.items()]
+            told.append(f"{runs[-1]['long']['value']:.1%} at {options.long_length:,}")
+            print(f"{method:5} seed {seed}: {', '.join(told)}", flush=True)
+            if options.out:  # after every run, so that nothing is lost
+                here = Path(__file__).parent
+                commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+                settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+                content = {"machine": describe_environment(), "commit": commit.stdout.strip(), "options": settings}
+                options.out.write_text(json.dumps(content | {"runs": runs}, indent=1) + "\n")
+    return runs
+
+
+if __name__ == "__main__":
+    main()

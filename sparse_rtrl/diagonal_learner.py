@@ -1,0 +1,193 @@
+"""Real-time recurrent learning for diagonal cells, with the interface of :class:`~sparse_rtrl.RTRL`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparse_rtrl import ops
+from sparse_rtrl.diagonal_cell import DiagonalCell, State
+from sparse_rtrl.diagonal_engine import DiagonalEngine
+from sparse_rtrl.learner import RTRL, check_learning_input
+
+
+class DiagonalRTRL(RTRL):
+    """What ``RTRL(cell, batch_size)`` makes for a :class:`~sparse_rtrl.DiagonalCell`.
+
+    Influence is kept for the state entries that each parameter touches, about as many numbers as parameters. Nothing
+    sleeps: ``.grad`` is complete when ``backward`` returns, and :meth:`flush` and :meth:`discard` have nothing to do.
+
+    Args:
+        cell: the cell to train.
+        batch_size: streams ``B``.
+        commit_every: steps between two updates of the influence. With 1, which ``"auto"`` takes, or a segment of that
+            length, the update and the gradient through the past read the influence once together.
+        backend: what computes: see :func:`sparse_rtrl.ops.select`.
+
+    Raises:
+        ContractError: if the cell breaks its contract.
+        MemoryError: if the influence does not fit into memory, with the numbers.
+        BackendError: if the backend is not there, with the remedy.
+    """
+
+    _engine: DiagonalEngine  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        cell: DiagonalCell,
+        batch_size: int,
+        buffer: int | Literal["auto"] = "auto",
+        commit_every: int | Literal["auto"] = "auto",
+        catch_up: str = "auto",
+        backend: ops.Backend = "auto",
+        cuda_graph: bool = False,
+    ) -> None:
+        if cuda_graph:
+            raise ValueError(f"cuda_graph=True is for slot cells, got a {type(cell).__name__}")
+        if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
+            raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
+        self._engine = DiagonalEngine(cell, batch_size, backend)
+        self.commit_every = commit_every
+        self._routings = []
+        self._fixed = None
+        self._state: State = _detached(cell.initial_state(batch_size))  # type: ignore[assignment]
+
+    @property
+    def cell(self) -> DiagonalCell:  # type: ignore[override]
+        """The cell being trained."""
+        return self._engine.cell
+
+    @property
+    def state(self) -> State:  # type: ignore[override]
+        """State after the last step, ``(B, *state_shape)``, detached; with the previous input where the cell looks."""
+        return self._state
+
+    @property
+    def entry_state(self) -> Tensor:
+        """Not kept for a diagonal cell.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(f"entry_state is there for slot cells only, got a {type(self.cell).__name__}")
+
+    @property
+    def events(self) -> dict[str, int]:
+        """Nothing sleeps, so there is nothing to count."""
+        return {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Take one step: ``x (B, input_size)`` to the output ``(B, ...)``; see :meth:`RTRL.__call__`."""
+        return self._run_segment(x.unsqueeze(0) if isinstance(x, Tensor) else x)[0]
+
+    def unroll(self, xs: Tensor) -> Tensor:
+        """Take several steps as one segment: ``xs (n, B, input_size)`` to outputs ``(n, B, ...)``."""
+        if not isinstance(xs, Tensor) or xs.dim() != 3 or xs.shape[0] < 1:
+            got = tuple(xs.shape) if isinstance(xs, Tensor) else type(xs).__name__
+            raise ValueError(f"xs must be a tensor (n, B, input_size) with n >= 1, got {got}")
+        return self._run_segment(xs)
+
+    def _run_segment(self, xs: Tensor) -> Tensor:
+        engine = self._engine
+        check_learning_input(xs, engine)
+        if xs.shape[2:] != (self.cell.input_size,):
+            raise ValueError(f"x must have shape (B, {self.cell.input_size}), got {tuple(xs.shape[1:])}")
+        engine.influence.commit_every = 1 if self.commit_every == "auto" else self.commit_every
+        outputs, self._state = engine.run(xs, self._state)
+        return outputs
+
+    def flush(self) -> None:
+        """Nothing is owed: ``.grad`` is complete when ``backward`` returns."""
+
+    def discard(self) -> None:
+        """Nothing is owed, see :meth:`flush`."""
+
+    def reset(self, streams: Tensor | None = None) -> None:
+        """Start new sequences: initial state and zero influence.
+
+        Args:
+            streams: boolean mask ``(B,)`` of the streams that start anew; None for all.
+
+        Raises:
+            ValueError: if ``streams`` is not a boolean mask of shape ``(B,)``.
+        """
+        engine = self._engine
+        mask = engine.checked_mask(streams)
+        engine.influence.reset(mask)
+        initial = _detached(engine.cell.initial_state(engine.batch_size))
+        self._state = _map(
+            lambda new, old: torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old), initial, self._state
+        )
+
+    def influence(self) -> dict[str, Tensor]:
+        """Influence ``dh/dθ`` of every parameter that reaches the state, ``(B, *state_shape, *shape)``.
+
+        Dense, for looking at: one backward pass per stream and state entry.
+        """
+        return self._engine.dense_influence()
+
+    def evaluate(self) -> DiagonalEvaluation:  # type: ignore[override]
+        """A copy that runs from the current state without learning; it shares the parameters."""
+        return DiagonalEvaluation(self.cell, _map(Tensor.clone, self.state))
+
+    def state_dict(self) -> dict[str, Any]:
+        """State, influence and window; with it and the cell's own, training resumes bit for bit."""
+        return {
+            "version": 1,
+            "diagonal": self._engine.influence.state_dict(),
+            "state": _map(Tensor.clone, self._state),
+            "steps": self._engine.steps,
+            "commit_every": self.commit_every,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, for the same cell and options.
+
+        Raises:
+            ValueError: if it does not fit this learner; nothing is changed then.
+        """
+        if state.get("version") != 1:
+            raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
+        missing = {"diagonal", "state", "steps", "commit_every"} - set(state)
+        if missing:
+            raise ValueError(f"state lacks {sorted(missing)}")
+        self._engine.influence.load_state_dict(state["diagonal"])
+        self._state = _map(lambda saved, own: saved.to(own).clone(), state["state"], self._state)
+        self._engine.steps = state["steps"]
+        self.commit_every = state["commit_every"]
+
+
+class DiagonalEvaluation:
+    """Runs a diagonal cell on streams without learning, from :meth:`DiagonalRTRL.evaluate`.
+
+    Args:
+        cell: the cell.
+        state: state to start from.
+    """
+
+    def __init__(self, cell: DiagonalCell, state: State) -> None:
+        self.cell = cell
+        self.state = state
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Take one step: ``x (B, input_size)`` to the output ``(B, ...)``."""
+        return self.unroll(x.unsqueeze(0))[0]
+
+    @torch.no_grad()
+    def unroll(self, xs: Tensor) -> Tensor:
+        """Take several steps: ``xs (n, B, input_size)`` to outputs ``(n, B, ...)``."""
+        outputs, self.state = self.cell.unroll(xs, self.state)
+        return outputs
+
+
+def _map(function: Any, *states: Any) -> Any:
+    """Apply a function to the tensors of states."""
+    if isinstance(states[0], Tensor):
+        return function(*states)
+    return tuple(function(*tensors) for tensors in zip(*states, strict=True))
+
+
+def _detached(state: State) -> State:
+    return _map(Tensor.detach, state)

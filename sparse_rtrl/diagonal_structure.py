@@ -1,0 +1,314 @@
+"""How the values of a diagonal cell lie in its state, and along which axes their influence must be kept."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparse_rtrl.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.errors import ContractError
+
+TOLERANCE = 256
+"""Rounding units by which derivatives may differ along an axis and still count as the same."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which state entries a projection's influence is kept for.
+
+    Every axis of the state is of one kind: *kept*, both the value and the influence vary along it; *summed*, many state
+    entries share a value there, and the influence has a row for each of them; *queried*, the value varies and the
+    influence does not, so that one row serves all values; *ignored*, neither varies.
+
+    Attributes:
+        shape: of the projection's value, broadcastable to the state.
+        window: first entry and end along each axis that the value reaches.
+        varies: whether decay or derivative vary along the axis.
+    """
+
+    shape: tuple[int, ...]
+    window: tuple[tuple[int, int], ...]
+    varies: tuple[bool, ...]
+    kept: tuple[int, ...] = field(init=False, compare=False)
+    summed: tuple[int, ...] = field(init=False, compare=False)
+    queried: tuple[int, ...] = field(init=False, compare=False)
+    rows: tuple[int, int, int] = field(init=False, compare=False)
+    """Numbers of summed, kept and queried positions."""
+    plain: bool = field(init=False, compare=False)
+    """Whether every state entry has its own value and its own row of influence."""
+
+    def __post_init__(self) -> None:
+        axes = range(len(self.shape))
+        shared = [size == 1 and end - start > 1 for size, (start, end) in zip(self.shape, self.window, strict=True)]
+        for name, chosen in (
+            ("kept", [a for a in axes if self.varies[a] and not shared[a]]),
+            ("summed", [a for a in axes if self.varies[a] and shared[a]]),
+            ("queried", [a for a in axes if not self.varies[a] and self.shape[a] > 1]),
+        ):
+            object.__setattr__(self, name, tuple(chosen))
+        rows = tuple(torch.Size(self._sizes(chosen)).numel() for chosen in (self.summed, self.kept, self.queried))
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "plain", len(self.kept) == len(self.shape))
+
+    def _sizes(self, axes: tuple[int, ...]) -> list[int]:
+        return [self.window[a][1] - self.window[a][0] for a in axes]
+
+    def windowed(self, entries: Tensor) -> Tensor:
+        """The part of ``(..., *state_shape)`` that the value reaches."""
+        lead = entries.dim() - len(self.shape)
+        for axis, (start, end) in enumerate(self.window):
+            entries = entries.narrow(lead + axis, start, end - start)
+        return entries
+
+    def reduce(self, entries: Tensor) -> Tensor:
+        """``(..., *state_shape)`` to the rows of the influence, ``(..., R)``, summed axes outside."""
+        if self.plain:
+            return entries.flatten(entries.dim() - len(self.shape))
+        entries = self.windowed(entries)
+        lead = entries.dim() - len(self.shape)
+        for axis, varies in enumerate(self.varies):
+            if not varies:
+                entries = entries.narrow(lead + axis, 0, 1)
+        order = [lead + a for a in (*self.summed, *self.kept)]
+        rest = [a for a in range(lead, entries.dim()) if a not in order]
+        return entries.permute(*range(lead), *order, *rest).flatten(lead)
+
+    def constant_error(self, entries: Tensor) -> Tensor:
+        """How far ``(..., *state_shape)`` varies along axes where it should not, and is not zero outside the window.
+
+        Relative to the largest entry; a scalar tensor.
+        """
+        inside = self.windowed(entries)
+        lead = entries.dim() - len(self.shape)
+        error = entries.new_zeros((), dtype=entries.dtype.to_real() if entries.is_complex() else entries.dtype)
+        for axis, varies in enumerate(self.varies):
+            if not varies and inside.shape[lead + axis] > 1:
+                error = torch.maximum(error, (inside - inside.narrow(lead + axis, 0, 1)).abs().amax())
+        return error / inside.abs().amax().clamp_min(torch.finfo(error.dtype).tiny)
+
+    def outside(self, entries: Tensor) -> Tensor:
+        """Largest magnitude of ``(..., *state_shape)`` outside the window, a scalar tensor."""
+        left = entries.abs()
+        self.windowed(left).zero_()
+        return left.amax()
+
+    @property
+    def compressed(self) -> bool:
+        """Whether anything is left out, so that derivatives must be checked against the layout."""
+        return any(
+            not varies and end - start > 1 for varies, (start, end) in zip(self.varies, self.window, strict=True)
+        )
+
+    def query(self, entries: Tensor) -> Tensor:
+        """Cotangents of entries ``(B, *state_shape)`` as ``(B, summed, kept, queried)``, ignored axes added up."""
+        if self.plain:
+            return entries.reshape(entries.shape[0], 1, -1, 1)
+        entries = self.windowed(entries)
+        ignored = [
+            1 + a for a in range(len(self.shape)) if not (a in self.summed or a in self.kept or a in self.queried)
+        ]
+        if ignored:
+            entries = entries.sum(ignored, keepdim=True)
+        order = [1 + a for a in (*self.summed, *self.kept, *self.queried, *(a - 1 for a in ignored))]
+        return entries.permute(0, *order).reshape(entries.shape[0], *self.rows)
+
+    def unquery(self, gradient: Tensor) -> Tensor:
+        """Gradient ``(kept, queried, J)`` of the rows of a weight as ``(M, J)``, in the order of the value."""
+        if self.plain:
+            return gradient.squeeze(1)
+        axes = (*self.kept, *self.queried)
+        sizes = self._sizes(axes)
+        back = sorted(range(len(axes)), key=lambda place: axes[place])
+        return gradient.reshape(*sizes, -1).permute(*back, len(axes)).reshape(-1, gradient.shape[-1])
+
+    def by_value(self, entries: Tensor) -> Tensor:
+        """State entries ``(..., *state_shape)`` added up over those that share a value, ``(..., M)``."""
+        lead = entries.dim() - len(self.shape)
+        shared = [lead + a for a, size in enumerate(self.shape) if size == 1]
+        return (entries.sum(shared, keepdim=True) if shared else entries).flatten(lead)
+
+
+def derivatives(
+    cell: DiagonalCell, before: Tensor, projections: tuple[Projection, ...], wanted: list[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Diagonals of the Jacobians of one step: of every new state entry by the old one and by the values at its place.
+
+    One backward pass with ones gives all of them, because entries do not mix (two passes where a real value enters a
+    complex state).
+
+    Args:
+        cell: the cell.
+        before: state entries before the step, ``(N, *state_shape)``.
+        projections: of the ``N`` rows.
+        wanted: for which of them the derivative is asked.
+
+    Returns:
+        ``dh/dh_before`` and, per projection, ``dh/dy``, each ``(N, *state_shape)``; None where it is not wanted.
+    """
+    with torch.enable_grad():
+        h = before.detach().requires_grad_()
+        values, leaves = [], []
+        for projection, want in zip(projections, wanted, strict=True):
+            value = projection.value.detach()
+            if want:
+                value = value.expand(before.shape).requires_grad_()
+                leaves.append(value)
+            values.append(value)
+        new = cell.step(h, *values)
+        found = diagonals(new, [h, *leaves])
+    by_leaf = iter(found[1:])
+    return found[0], [next(by_leaf) if want else None for want in wanted]
+
+
+def diagonals(new: Tensor, leaves: list[Tensor], phases: Tensor | None = None) -> list[Tensor]:
+    """Derivatives of ``new`` by the entry of each leaf at the same place, if no other place depends on it.
+
+    Args:
+        new: ``(N, *state_shape)``.
+        leaves: of the same shape.
+        phases: signs, or complex numbers of magnitude one, to weight the entries with; the result does not depend on
+            them if the Jacobian is diagonal and holomorphic.
+    """
+    if not new.requires_grad:
+        return [torch.zeros_like(new) for _ in leaves]
+    weight = torch.ones_like(new) if phases is None else phases
+    two = new.is_complex() and not all(leaf.is_complex() for leaf in leaves)
+    first = torch.autograd.grad(new, leaves, weight, retain_graph=two, allow_unused=True)
+    second = torch.autograd.grad(new, leaves, 1j * weight, allow_unused=True) if two else first
+    out = []
+    for leaf, a, b in zip(leaves, first, second, strict=True):
+        if a is None or b is None:
+            derivative = torch.zeros_like(new)
+        elif leaf.is_complex() or not new.is_complex():
+            derivative = a.conj().resolve_conj() if phases is None else (a * phases.conj()).conj().resolve_conj()
+        else:
+            # Re(conj(d) w) and Re(conj(d) i w) are the parts of d conj(w), seen from the phase.
+            derivative = torch.complex(a, b)
+            derivative = derivative if phases is None else derivative * phases
+        out.append(derivative)
+    return out
+
+
+def _in_double(cell: DiagonalCell) -> DiagonalCell:
+    """A copy of a cell in double precision, complex parameters too, in which small differences are seen."""
+    cell = copy.deepcopy(cell).double()
+    for parameter in cell.parameters():
+        if parameter.is_complex():
+            parameter.data = parameter.data.to(torch.complex128)
+    return cell
+
+
+@torch.enable_grad()
+def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
+    """The layout of every projection of a cell, from derivatives at random states and values; None for given ones.
+
+    Raises:
+        ContractError: if state entries mix, if ``step`` uses a parameter itself or is not holomorphic, or if
+            projections do not fit the state.
+    """
+    cell = _in_double(cell)
+    generator = torch.Generator().manual_seed(0)
+    rows = 3
+    like = cell.zero_rows(rows)
+
+    def random(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype).to(like.device)
+
+    x = random(like.shape, like.dtype)
+    projections = tuple(cell.project(x))
+    _check_projections(cell, projections, rows)
+    initial = cell.initial_entries(rows)
+    before = random(initial.shape, initial.dtype).requires_grad_()
+    values = []
+    for projection in projections:
+        value = projection.value.detach()
+        # Away from initial values, which may agree where later ones do not.
+        noise = torch.rand(value.shape, generator=generator, dtype=like.dtype).to(value.device)
+        values.append((value * (1 - 0.5 * noise) + 0.01 * noise).expand(before.shape).requires_grad_())
+    new = cell.step(before, *values)
+    if not isinstance(new, Tensor) or new.shape != before.shape or new.dtype != before.dtype:
+        got = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+        raise ContractError([f"step must return state entries {before.dtype} {tuple(before.shape)}, got {got}"])
+    _check_step(cell, new, [before, *values], random(new.shape, new.dtype))
+    decay, *by_value = diagonals(cell.step(before, *values), [before, *values])
+    return [
+        _layout(projection, decay, d) if projection.tensors else None
+        for projection, d in zip(projections, by_value, strict=True)
+    ]
+
+
+def _check_projections(cell: DiagonalCell, projections: tuple[Projection, ...], rows: int) -> None:
+    violations = []
+    for number, projection in enumerate(projections):
+        if not isinstance(projection, Projection):
+            violations.append(f"project must return Mapped, Learned or Given values, got {type(projection).__name__}")
+            continue
+        value = projection.value
+        shape = tuple(value.shape) if isinstance(projection, Learned) else tuple(value.shape[1:])
+        fits = len(shape) == len(cell.state_shape) and all(
+            size in (1, full) for size, full in zip(shape, cell.state_shape, strict=True)
+        )
+        if not fits or (not isinstance(projection, Learned) and len(value) != rows):
+            violations.append(
+                f"value {number} of project must be broadcastable to the state {cell.state_shape} with as many"
+                f" dimensions, got {shape}"
+            )
+        inputs = projection.x if isinstance(projection, Mapped) else None if projection.tensors else value
+        if isinstance(projection, Mapped) and projection.x.is_complex():
+            violations.append(f"value {number} of project maps a complex input; map its parts as real inputs")
+        if inputs is not None and inputs.requires_grad:
+            violations.append(
+                f"value {number} of project depends on parameters through more than one linear map of the input: give"
+                " Mapped a weight that is a function of the parameters, or carry the module with Carry"
+            )
+        if value.is_complex() and not cell.complex_state:
+            violations.append(f"value {number} of project is complex, the state is not")
+    if violations:
+        raise ContractError(violations)
+
+
+def _check_step(cell: DiagonalCell, new: Tensor, leaves: list[Tensor], noise: Tensor) -> None:
+    """Check that entries do not mix: random weights of the entries must give the same diagonals as ones."""
+    violations = []
+    named = [(n, p) for n, p in cell.named_parameters() if p.requires_grad]
+    if new.requires_grad:
+        direct = torch.autograd.grad(new.abs().sum(), [p for _, p in named], retain_graph=True, allow_unused=True)
+        violations += [
+            f"step uses the parameter {name} itself: pass it through project, as Learned or Mapped"
+            for (name, _), gradient in zip(named, direct, strict=True)
+            if gradient is not None
+        ]
+        phases = noise / noise.abs()
+        plain = diagonals(cell.step(*leaves), leaves)
+        weighted = diagonals(cell.step(*leaves), leaves, phases)
+        names = ["the state", *(f"value {number}" for number in range(len(leaves) - 1))]
+        for name, one, other in zip(names, plain, weighted, strict=True):
+            if not bool(torch.isfinite(one.abs()).all()):
+                violations.append(f"the derivative of step by {name} is not finite at random states and values")
+            elif float((one - other).abs().amax()) > 1e-4 * max(1.0, float(one.abs().amax())):
+                violations.append(
+                    f"step is not element-wise in {name}: entries mix"
+                    + (", or it is not holomorphic" if new.is_complex() else "")
+                )
+    if violations:
+        raise ContractError(violations)
+
+
+def _layout(projection: Projection, decay: Tensor, derivative: Tensor) -> Layout:
+    value = projection.value
+    shape = tuple(value.shape[-(decay.dim() - 1) :])
+    window, varies = [], []
+    for axis, size in enumerate(shape):
+        others = [a for a in range(decay.dim()) if a != axis + 1]
+        reached = derivative.abs().amax(others).nonzero().flatten().tolist()
+        whole = size > 1 or not reached
+        window.append((0, decay.shape[axis + 1]) if whole else (reached[0], reached[-1] + 1))
+    flat = Layout(shape, tuple(window), (True,) * len(shape))
+    for axis in range(len(shape)):
+        one = Layout(shape, flat.window, tuple(a != axis for a in range(len(shape))))
+        error = max(float(one.constant_error(decay)), float(one.constant_error(derivative)))
+        varies.append(window[axis][1] - window[axis][0] > 1 and error > TOLERANCE * torch.finfo(decay.dtype).eps)
+    return Layout(shape, flat.window, tuple(varies))
