@@ -197,7 +197,7 @@ class Comparison:
     def __init__(self, config: str, batch: int, names: list[str], options: argparse.Namespace) -> None:
         self.config, self.batch, self.options = config, batch, options
         memory = int(options.memory * 2**30)
-        self.referee = Remote("bptt", config, batch, options.threads, memory)
+        self.referee = Remote("bptt", config, batch, options.threads, 2 * memory)  # float64
         self.contestants = [Remote(name, config, batch, options.threads, memory) for name in names]
         self.sizes: list[int] = []
 
@@ -239,6 +239,8 @@ class Comparison:
             exact = METHODS[contestant.name].exact
             if exact not in references:
                 references[exact] = self.referee.ask("reference", checked, not exact)
+                if isinstance(references[exact], dict):
+                    raise SystemExit(f"the float64 reference does not fit into --memory: {references[exact]['reason']}")
             prefix = answer["prefix"]
             gradient = answer["gradient"] if length == checked else prefix.get("gradient")
             agree = True
