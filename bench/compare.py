@@ -138,7 +138,7 @@ def serve(connection: Connection, *arguments: Any) -> None:
             else:
                 connection.send(getattr(contestant, request)(*rest))
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
+            if not isinstance(error, MemoryError) and not any(w in str(error) for w in ("memory", "bad_alloc")):
                 raise
             contestant.drop()
             connection.send({"status": "out of memory", "reason": str(error).splitlines()[0]})

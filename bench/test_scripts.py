@@ -98,7 +98,7 @@ def test_byte_stream(tmp_path):
 def test_comparison(tmp_path):
     names = ["bptt", "tbptt-64", "rtrl-token"]
     out = tmp_path / "rows.json"
-    arguments = ["--config", "tiny", "--lengths", "64", "128", "--threads", "1", "--seconds", "60", "--rounds", "1"]
+    arguments = ["--config", "tiny", "--lengths", "64", "128", "--threads", "1", "--seconds", "9", "--rounds", "1"]
     arguments += ["--contestants", *names, "--out", str(out), "--plot", str(tmp_path / "rows.png")]
     rows = compare.main(arguments)
     assert sorted((row["length"], row["contestant"]) for row in rows) == sorted(
