@@ -61,7 +61,9 @@ class Contestant:
         if name == "bptt-compiled":  # compiling takes memory too, but not at the second run
             CompiledBPTT(config, batch).run(self.stream, CompiledBPTT.chunk)
         else:
-            METHODS[name]("tiny", 1).run(Stream(1), PILOT)
+            tiny = METHODS[name]("tiny", 1)
+            tiny.run(Stream(1), PILOT, lambda done: tiny.gradient().numpy())
+        memory += status_bytes("VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
     def reference(self, length: int, truncated: bool) -> Any:
@@ -76,8 +78,8 @@ class Contestant:
         def at(done: int) -> None:
             if done == POOL < length:
                 assert self.method is not None
-                prefix["gradient"] = (self.method.gradient() * (length / POOL)).numpy()
-                prefix["peak"] = peak_so_far() - before
+                prefix["peak"] = status_bytes("VmHWM") - before
+                prefix["gradient"] = self.method.gradient().mul_(length / POOL).numpy()
 
         def work() -> None:
             self.method = METHODS[self.name](self.config, self.batch)
@@ -117,10 +119,9 @@ class Contestant:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def peak_so_far() -> int:
-    """High-water mark of the resident set since it was last reset."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+def status_bytes(name: str) -> int:
+    """A size that the kernel knows of this process: ``VmData``, or ``VmHWM``, the peak of the resident set."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
 
 def serve(connection: Connection, *arguments: Any) -> None:
@@ -137,7 +138,7 @@ def serve(connection: Connection, *arguments: Any) -> None:
             else:
                 connection.send(getattr(contestant, request)(*rest))
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
+            if not isinstance(error, MemoryError) and not any(w in str(error) for w in ("memory", "bad_alloc")):
                 raise
             contestant.drop()
             connection.send({"status": "out of memory", "reason": str(error).splitlines()[0]})
@@ -196,7 +197,7 @@ class Comparison:
     def __init__(self, config: str, batch: int, names: list[str], options: argparse.Namespace) -> None:
         self.config, self.batch, self.options = config, batch, options
         memory = int(options.memory * 2**30)
-        self.referee = Remote("bptt", config, batch, options.threads, memory)
+        self.referee = Remote("bptt", config, batch, options.threads, 2 * memory)  # float64
         self.contestants = [Remote(name, config, batch, options.threads, memory) for name in names]
         self.sizes: list[int] = []
 
@@ -238,6 +239,8 @@ class Comparison:
             exact = METHODS[contestant.name].exact
             if exact not in references:
                 references[exact] = self.referee.ask("reference", checked, not exact)
+                if isinstance(references[exact], dict):
+                    raise SystemExit(f"the float64 reference does not fit into --memory: {references[exact]['reason']}")
             prefix = answer["prefix"]
             gradient = answer["gradient"] if length == checked else prefix.get("gradient")
             agree = True
