@@ -87,6 +87,8 @@ class Method:
     """
 
     exact = True
+    pilot = 64
+    """Steps of a first run that tells how long others will take: at least a segment."""
     cell_class: type[SlotMoECell] = SlotMoECell
 
     def __init__(self, config: str, batch: int, cell: SlotMoECell | None = None) -> None:
@@ -104,9 +106,13 @@ class Method:
     def steps(self, stream: Stream, length: int) -> Iterator[int]:
         raise NotImplementedError
 
-    def gradient(self) -> Tensor:
-        """All of ``.grad`` in float64, in one row."""
-        return torch.cat([parameter.grad.flatten().double() for parameter in self.cell.parameters()])
+    def gradient(self, out: Tensor | None = None) -> Tensor:
+        """All of ``.grad`` in float64, in one row; into ``out`` without further memory."""
+        sizes = [parameter.numel() for parameter in self.cell.parameters()]
+        out = torch.empty(sum(sizes), dtype=torch.float64) if out is None else out
+        for part, parameter in zip(out.split(sizes), self.cell.parameters(), strict=True):
+            part.view_as(parameter).copy_(parameter.grad)
+        return out
 
 
 class BPTT(Method):
@@ -186,6 +192,8 @@ class TBPTT(Method):
 class JacrevRTRL(Method):
     """``vmap`` of ``torch.func.jacrev`` at every step, dense influence of every parameter."""
 
+    pilot = 4
+
     def __init__(self, config: str, batch: int) -> None:
         super().__init__(config, batch)
         self.dense = DenseJacobianRTRL(self.cell)
@@ -215,9 +223,9 @@ class SparseRTRL(Method):
             yield t + count
         self.learner.flush()
 
-    def gradient(self) -> Tensor:
+    def gradient(self, out: Tensor | None = None) -> Tensor:
         self.learner.flush()
-        return super().gradient()
+        return super().gradient(out)
 
 
 class SparseRTRL8(SparseRTRL):
