@@ -6,6 +6,7 @@ device; a compiled implementation registers itself for its dispatch key and is t
 
 from __future__ import annotations
 
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -158,7 +159,8 @@ def _load_compiled(library: str) -> str:
     folder = Path(__file__).parent
     if library == "_cuda" and torch.version.cuda is None:
         return "this torch was built for the CPU"
-    found = sorted(folder.glob(f"{library}.*.so")) + sorted(folder.glob(f"{library}.*.pyd"))
+    # Only a file for this Python: one that another version left behind may not load.
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{library}{suffix}").exists()]
     if not found:
         return "they were not built"
     try:
