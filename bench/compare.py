@@ -344,15 +344,21 @@ def break_even(rows: list[dict[str, Any]], ours: str, theirs: str, value: str) -
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw time per token and peak memory over the length for each configuration, batch size and thread count."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    groups = sorted({tuple(row[name] for name in KEYS[:3]) for row in rows})
+    # A curve needs two lengths.
+    lengths: dict[tuple[Any, ...], set[int]] = {}
+    for row in rows:
+        lengths.setdefault(tuple(row[name] for name in KEYS[:3]), set()).add(row["length"])
+    groups = sorted(group for group, some in lengths.items() if len(some) > 1)
+    colours = matplotlib.colormaps["tab20"].colors
     figure = Figure(figsize=(12, 4.4 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), 2, squeeze=False)
     for (seconds, memory), group in zip(panels, groups, strict=True):
         here = [row for row in rows if tuple(row[name] for name in KEYS[:3]) == group]
         for colour, name in enumerate(METHODS):
-            style = {"marker": "o", "markersize": 3, "label": name, "color": f"C{colour % 10}"}
+            style = {"marker": "o", "markersize": 3, "label": name, "color": colours[2 * colour % 20 + colour // 10]}
             style["linestyle"] = "-" if "rtrl" in name else "--"
             for axes, value, scale in ((seconds, "microseconds_per_token", 1.0), (memory, "peak_bytes", 2**-20)):
                 points = sorted((r["length"], r[value] * scale) for r in here if r["contestant"] == name and value in r)
@@ -370,7 +376,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for axes in (seconds, memory):
             axes.set(xlabel="length of the sequence", xscale="log", yscale="log")
             axes.grid(True, which="major", alpha=0.3)
-        seconds.legend(fontsize=7)
+        memory.legend(*seconds.get_legend_handles_labels(), fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=130)
 
 

@@ -7,7 +7,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 build=$root/build/sanitize
 flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 
-cmake -S "$root" -B "$build/cpp" -DSPARSE_RTRL_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+cmake -S "$root" -B "$build/cpp" -DSPARSE_RTRL_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1"
 cmake --build "$build/cpp" --parallel
 ctest --test-dir "$build/cpp" --output-on-failure
 
