@@ -85,7 +85,7 @@ def _check_plain(value: Any, where: str) -> None:
         raise TypeError(f"{where} must be {expected}, got {type(value).__name__}")
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> int:
+def save_checkpoint(path: Path | str, state: dict[str, Any]) -> int:
     """Write a checkpoint, whole or not at all.
 
     Args:
@@ -99,6 +99,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> int:
         TypeError: if ``state`` holds anything else, which could not be read again.
         CheckpointError: if it cannot be written, say because the disk is full; what was there is as it was.
     """
+    path = Path(path)
     _check_plain(state, "state")
     new = path.with_name(f".{path.name}.new")
     try:
@@ -130,7 +131,7 @@ def _synchronise_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, after checking that it is one and that it is whole.
 
     Args:
@@ -140,6 +141,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: if it is no checkpoint, of a newer format, truncated, or damaged.
         OSError: if it cannot be opened.
     """
+    path = Path(path)
     with path.open("rb") as file:
         header = file.read(HEADER.size)
         if header[: len(MAGIC)] != MAGIC:

@@ -105,8 +105,8 @@ class FixedSteps:
         self._segments: dict[Any, _Segment] = {}
         self._pending: _Segment | None = None
         self._number = 0
-        carried = {id(source) for p in engine.groups.all for source in p.sources}
-        self._others = [p for p in engine.cell.parameters() if p.requires_grad and id(p) not in carried]
+        self._others: list[torch.nn.Parameter] = []
+        self._recorded_with: list[tuple[int, bool]] = []
         self._influence = engine.influence
         self._influence.influenced.fill_(True)
 
@@ -132,6 +132,13 @@ class FixedSteps:
             if parameter.name in self._effective:
                 with torch.no_grad():
                     self._effective[parameter.name].copy_(tensor)
+        # What is recorded reads the parameters where they are: new ones, or others that train, are recorded anew.
+        now = [(p.data_ptr(), p.requires_grad) for p in self.engine.cell.parameters()]
+        if now != self._recorded_with:
+            self._segments.clear()
+            self._recorded_with = now
+            carried = {id(source) for p in self.engine.groups.all for source in p.sources}
+            self._others = [p for p in self.engine.cell.parameters() if p.requires_grad and id(p) not in carried]
         key = (tuple(xs.shape), xs.dtype)
         if key not in self._segments:
             self._segments[key] = self._new_segment(xs)

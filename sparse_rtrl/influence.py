@@ -399,8 +399,17 @@ class Influence:
                     f"{name} must be {expected.dtype} of shape {tuple(expected.shape)},"
                     f" got {got.dtype} {tuple(got.shape)}: the state is of another cell, batch size or dtype"
                 )
-        if self.fused is None and any("saved" in captured for captured in state["window"]):
-            raise ValueError("the state holds steps of a compiled pass, which is not there: use the same backend")
+        for captured in state["window"]:
+            if "saved" not in captured:
+                continue
+            if self.fused is None:
+                raise ValueError("the state holds steps of a compiled pass, which is not there: use the same backend")
+            sizes = (*self.fused.sizes, self.fused.top_k)
+            if tuple(captured["sizes"]) != sizes:
+                raise ValueError(
+                    "the state must be of a cell with (num_heads, read_slots, write_slots, top_k) ="
+                    f" {sizes}, got {tuple(captured['sizes'])}"
+                )
         saved = None if state["plan"] is None else Plan(**state["plan"])
         if self.catch_up != "auto" and saved is not None and saved.eager != (self.catch_up == "eager"):
             raise ValueError("the state was saved with catch_up='eager' on one side only; use the same catch_up")
@@ -447,7 +456,7 @@ class Influence:
         if "saved" not in state:
             return StepJacobian.from_state_dict(state, self.core.device)
         assert self.fused is not None
-        return FusedSteps(self.fused, **state)
+        return FusedSteps.from_state_dict(self.fused, state)
 
     def _new_window(self) -> None:
         self.window = []

@@ -89,7 +89,7 @@ class RTRL:
         BackendError: if the backend is not there, with the remedy.
     """
 
-    def __new__(cls, cell: nn.Module, *args: Any, **kwargs: Any) -> RTRL:
+    def __new__(cls, cell: nn.Module | None = None, *args: Any, **kwargs: Any) -> RTRL:
         """A learner of the kind that the cell needs."""
         if isinstance(cell, DiagonalCell) and cls is RTRL:
             from sparse_rtrl.diagonal_learner import DiagonalRTRL
@@ -213,7 +213,7 @@ class RTRL:
             engine.influence.commit_every = self.commit_every
             entry = SegmentEntry(engine)
             state = EnterSegment.apply(entry, self._state, *tensors)
-            run = self._run_fused if engine.fused is not None and engine.fused.usable else self._run_captured
+            run = self._run_fused if engine.fused is not None and engine.fused.usable(tensors) else self._run_captured
             outputs, captured, new_state = run(xs, state, tensors)
         engine.influence.make_room(captured[0])
         entry.settle()
@@ -390,6 +390,8 @@ class RTRL:
         self._engine.influence.load_state_dict(state["influence"])
         self._engine.capture.load_state_dict(state["capture"])
         self._set_state(state["state"].to(self._engine.device, self._engine.dtype).clone())
+        if self._fixed is not None:
+            self._engine.influence.commit()  # recorded steps keep no window
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
 

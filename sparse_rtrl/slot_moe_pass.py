@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_rtrl import ops
 from sparse_rtrl.cells.slot_moe import SlotMoECell
+from sparse_rtrl.expert_bank import ExpertBank
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import GroupFactors, Segment
@@ -61,17 +62,23 @@ class FusedSteps:
     @property
     def routings(self) -> list[Routing]:
         """What each step touched."""
-        cell = self.of.cell
-        return [Routing(*row.split((cell.read_slots, cell.write_slots, cell.top_k), dim=1)) for row in self.index]
+        _, read, write = self.of.sizes
+        return [Routing(*row.split((read, write, self.of.top_k), dim=1)) for row in self.index]
 
     @property
     def experts(self) -> Tensor:
         """Experts that any step used, with repeats, ``(B, n * k)``."""
-        return self.index[..., -self.of.cell.top_k :].transpose(0, 1).flatten(1)
+        return self.index[..., -self.of.top_k :].transpose(0, 1).flatten(1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in it; the tensors are not copied."""
-        return {"inputs": self.inputs, "saved": self.saved, "index": self.index, "weights": list(self.weights)}
+        tensors = {"inputs": self.inputs, "saved": self.saved, "index": self.index, "weights": list(self.weights)}
+        return {"sizes": (*self.of.sizes, self.of.top_k), **tensors}
+
+    @classmethod
+    def from_state_dict(cls, of: SlotMoePass, state: dict[str, Any]) -> FusedSteps:
+        """Rebuild what :meth:`state_dict` described."""
+        return cls(of, state["inputs"], state["saved"], state["index"], list(state["weights"]))
 
 
 def _arguments(window: Sequence[FusedSteps]) -> tuple[Any, ...]:
@@ -111,11 +118,9 @@ class SlotMoePass:
         starts = {p.name: p.start for p in groups.all}
         self.columns = [starts[name] for name in (*_CORE, *_EXPERT)]
         self.sizes = (cell.num_heads, cell.read_slots, cell.write_slots)
+        self.top_k = cell.top_k
         self._place = {p.name: number for number, p in enumerate(groups.all)}
         self._copied: list[Tensor] = []
-        self._copied_at: list[tuple[int, int]] = []
-        # A parametrized weight is a new tensor each time: what tells whether it changed is behind it.
-        self._parametrized = [p for p in groups.all if len(p.sources) != 1 or p.sources[0] is not p.tensor]
 
     @classmethod
     def of_cell(
@@ -128,13 +133,36 @@ class SlotMoePass:
             return None
         return cls(cell, groups)
 
-    @property
-    def usable(self) -> bool:
-        """Whether the cell runs as it was written: no method replaced, no hooks on its modules, no autocast."""
-        if torch.is_autocast_enabled("cpu") or not _METHODS.isdisjoint(self.cell.__dict__):
+    def usable(self, tensors: list[Tensor]) -> bool:
+        """Whether the cell runs now as it was written, and all of its recurrent parameters train.
+
+        Not under autocast, with methods or submodules replaced, with hooks on them, or with other sizes than it had.
+
+        Args:
+            tensors: the tensors the cell uses for its recurrent parameters, in the order of ``groups.all``.
+        """
+        cell = self.cell
+        sizes = (cell.num_heads, cell.read_slots, cell.write_slots)
+        if (
+            torch.is_autocast_enabled("cpu")
+            or not _METHODS.isdisjoint(vars(cell))
+            or (*sizes, cell.top_k)
+            != (
+                *self.sizes,
+                self.top_k,
+            )
+        ):
             return False
-        inside = (self.cell, *(m for name, m in self.cell.named_children() if name != "readout"))
-        return not any(m._forward_hooks or m._forward_pre_hooks for m in inside)
+        forwards = [nn.Linear.forward] * 4 + [ExpertBank.forward]
+        modules: list[nn.Module] = [cell.query_token, cell.key_value, cell.control, cell.core, cell.experts]
+        for module, forward in zip(modules, forwards, strict=True):
+            if type(module).forward is not forward or "forward" in vars(module):
+                return False
+        hooked = any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in (cell, *modules)
+        )
+        return not hooked and all(t.requires_grad for t in tensors)
 
     @torch.no_grad()
     def run(self, xs: Tensor, state: Tensor, tensors: list[Tensor]) -> tuple[FusedSteps, Tensor, Tensor]:
@@ -164,21 +192,23 @@ class SlotMoePass:
         ]
         query_token = F.linear(xs, named["query_token.weight"], named["query_token.bias"])
         new_state, slots, saved, index = ops.slot_moe_forward(
-            state.detach().contiguous(), query_token, weights, *self.sizes, self.cell.top_k
+            state.detach().contiguous(), query_token, weights, *self.sizes, self.top_k
         )
-        return FusedSteps(self, xs.contiguous(), saved, index, self._copies(weights, tensors)), slots, new_state
+        inputs = xs.to(saved.dtype, memory_format=torch.contiguous_format, copy=True)  # the caller may reuse its buffer
+        return FusedSteps(self, inputs, saved, index, self._copies(weights)), slots, new_state
 
     def outputs(self, steps: FusedSteps, slots: Tensor) -> Tensor:
         """Outputs ``(n, B, output_size)`` of steps from the slots they look at, see :meth:`run`."""
-        support = steps.index[..., : -self.cell.top_k].flatten(0, 1)
+        support = steps.index[..., : -self.top_k].flatten(0, 1)
         return self.cell.output(steps.inputs.flatten(0, 1), slots.flatten(0, 1), support).unflatten(0, slots.shape[:2])
 
-    def _copies(self, weights: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-        """Copies of the weights, shared by all segments that were run with the same ones."""
-        behind = [source for p in self._parametrized for source in p.sources]
-        at = [(id(t), t._version) for t in (*tensors, *behind) if t.is_leaf]
-        if at != self._copied_at:
-            self._copied, self._copied_at = [weight.clone() for weight in weights], at
+    def _copies(self, weights: list[Tensor]) -> list[Tensor]:
+        """Copies of the weights, shared by all segments that were run with the same ones.
+
+        They are compared by value: fused optimizers and changes through ``.data`` leave version counters alone.
+        """
+        if not self._copied or not all(map(torch.equal, weights, self._copied)):
+            self._copied = [weight.clone() for weight in weights]
         return self._copied
 
 
@@ -194,9 +224,10 @@ def fused_segment(steps: Sequence[FusedSteps], hidden_size: int) -> tuple[Segmen
     """
     cell, groups = steps[0].of.cell, steps[0].of.groups
     batch, size = steps[0].saved.shape[1], cell.slot_size
-    support = torch.cat([step.index[..., : -cell.top_k] for step in steps]).transpose(0, 1)  # (B, n, kr + kw)
+    of = steps[0].of
+    support = torch.cat([step.index[..., : -of.top_k] for step in steps]).transpose(0, 1)  # (B, n, kr + kw)
     written = torch.zeros(batch, cell.num_slots, dtype=torch.bool)
-    write = _slots(written.scatter(1, support[..., cell.read_slots :].flatten(1), True))
+    write = _slots(written.scatter(1, support[..., of.sizes[1] :].flatten(1), True))
     touched = written.scatter(1, write, True).scatter_(1, support.flatten(1), True)
     support = _slots(touched)
     rows = slot_entries(write, size)

@@ -36,6 +36,7 @@ def test_what_was_saved_is_read_with_its_strides(path):
     assert torch.equal(found["view"], STATE["view"])
     assert found["nested"]["a"] == STATE["nested"]["a"] and bool(found["nested"][3][0])
     assert list(path.parent.iterdir()) == [path]
+    assert torch.equal(load_checkpoint(str(path))["tensor"], STATE["tensor"])
 
 
 @pytest.mark.parametrize("length", [0, 5, 16, HEADER.size - 1, HEADER.size, HEADER.size + 100, -1])

@@ -107,7 +107,7 @@ def test_agrees_with_the_general_capture_while_parameters_move(catch_up: str) ->
 
 def test_kept_weights_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above sees it if steps were taken back with newer weights."""
-    monkeypatch.setattr(SlotMoePass, "_copies", lambda self, weights, tensors: weights)
+    monkeypatch.setattr(SlotMoePass, "_copies", lambda self, weights: weights)
     with pytest.raises(AssertionError):
         test_agrees_with_the_general_capture_while_parameters_move("eager")
 
@@ -167,6 +167,59 @@ def test_cells_that_run_their_own_code() -> None:
     calls.clear()
     learner(torch.randn(1, 3)).sum().backward()
     assert not calls
+
+
+def changes(name: str, cell: SlotMoECell, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """What may happen to a cell between two steps."""
+    if name == "fused optimizer":
+        optimizer.step()
+    elif name == "data":
+        cell.control.weight.data.mul_(0.9)
+    elif name == "frozen for a while" and number in (3, 6):
+        cell.control.weight.requires_grad_(number == 6)
+    elif name == "another forward" and number == 3:
+        forward = cell.control.forward
+        cell.control.forward = lambda x: 0.5 * forward(x)
+    elif name == "more experts" and number == 3:
+        cell.top_k = 3
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "name", ["fused optimizer", "data", "frozen for a while", "another forward", "more experts", "one input buffer"]
+)
+def test_follows_the_general_capture_whatever_happens(name: str) -> None:
+    x, c = problem(12, 2)
+    found = []
+    for backend in ("auto", "reference"):
+        cell, buffer = make_cell("odd"), torch.empty(2, 3, dtype=torch.float64)
+        learner = RTRL(cell, batch_size=2, commit_every=3, backend=backend, catch_up="eager")
+        optimizer = torch.optim.Adam(cell.parameters(), lr=0.05, fused=True)
+        for number in range(12):
+            changes(name, cell, optimizer, number)
+            out = learner(buffer.copy_(x[number]) if name == "one input buffer" else x[number])
+            (out * c[number]).sum().backward()
+        found.append((gradients_of(cell), learner.influence()))
+    (fused, influence), (general, expected) = found
+    assert error(fused, general) <= 1e-11
+    assert all(float((influence[n] - P).abs().max()) <= 1e-10 for n, P in expected.items())
+
+
+def test_a_state_of_other_sizes_is_refused() -> None:
+    learner, other = (RTRL(make_cell(name), batch_size=2, commit_every=9) for name in ("heads", "heads"))
+    learner(problem(1, 2)[0][0])
+    state = learner.state_dict()
+    state["influence"]["window"][0]["sizes"] = (2, *state["influence"]["window"][0]["sizes"][1:])
+    with pytest.raises(ValueError, match="num_heads"):
+        other.load_state_dict(state)
+
+
+def test_nan_of_an_expert_that_would_not_be_chosen() -> None:
+    cell = make_cell("odd")
+    with torch.no_grad():
+        cell.experts.weight[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="experts"):
+        RTRL(cell, batch_size=2).unroll(problem(4, 2)[0])
 
 
 @pytest.mark.parametrize("parameter", ["control.weight", "experts.bias"])
