@@ -89,7 +89,7 @@ class RTRL:
         BackendError: if the backend is not there, with the remedy.
     """
 
-    def __new__(cls, cell: nn.Module | None = None, *args: Any, **kwargs: Any) -> RTRL:
+    def __new__(cls, cell: nn.Module, *args: Any, **kwargs: Any) -> RTRL:
         """A learner of the kind that the cell needs."""
         if isinstance(cell, DiagonalCell) and cls is RTRL:
             from sparse_rtrl.diagonal_learner import DiagonalRTRL
