@@ -404,7 +404,7 @@ class Influence:
                 continue
             if self.fused is None:
                 raise ValueError("the state holds steps of a compiled pass, which is not there: use the same backend")
-            sizes = (*self.fused.sizes, self.fused.top_k)
+            sizes = self.fused.sizes
             if tuple(captured["sizes"]) != sizes:
                 raise ValueError(
                     "the state must be of a cell with (num_heads, read_slots, write_slots, top_k) ="

@@ -33,6 +33,16 @@ _CORE = (
     "core.weight",
 )
 _EXPERT = ("experts.weight", "experts.bias")
+_WEIGHTS = (
+    "slot_table",
+    "key_value.weight",
+    "control.weight",
+    "control.bias",
+    "core.weight",
+    "experts.weight",
+    "experts.bias",
+)
+"""Weights in the order of the operations."""
 _METHODS = {"route", "transition", "update", "output"}
 
 
@@ -62,18 +72,17 @@ class FusedSteps:
     @property
     def routings(self) -> list[Routing]:
         """What each step touched."""
-        _, read, write = self.of.sizes
-        return [Routing(*row.split((read, write, self.of.top_k), dim=1)) for row in self.index]
+        return [Routing(*row.split(self.of.sizes[1:], dim=1)) for row in self.index]
 
     @property
     def experts(self) -> Tensor:
         """Experts that any step used, with repeats, ``(B, n * k)``."""
-        return self.index[..., -self.of.top_k :].transpose(0, 1).flatten(1)
+        return self.index[..., -self.of.sizes[3] :].transpose(0, 1).flatten(1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in it; the tensors are not copied."""
         tensors = {"inputs": self.inputs, "saved": self.saved, "index": self.index, "weights": list(self.weights)}
-        return {"sizes": (*self.of.sizes, self.of.top_k), **tensors}
+        return {"sizes": self.of.sizes, **tensors}
 
     @classmethod
     def from_state_dict(cls, of: SlotMoePass, state: dict[str, Any]) -> FusedSteps:
@@ -81,12 +90,17 @@ class FusedSteps:
         return cls(of, state["inputs"], state["saved"], state["index"], list(state["weights"]))
 
 
+def _sizes(cell: SlotMoECell) -> tuple[int, int, int, int]:
+    """Heads, slots read, slots written and experts of a step."""
+    return cell.num_heads, cell.read_slots, cell.write_slots, cell.top_k
+
+
 def _arguments(window: Sequence[FusedSteps]) -> tuple[Any, ...]:
     """A window as the operations take it."""
     of = window[0].of
     weights = [weight for steps in window for weight in steps.weights]
     parts = ([steps.inputs for steps in window], [steps.saved for steps in window], [steps.index for steps in window])
-    return *parts, weights, of.columns, *of.sizes
+    return *parts, weights, of.columns, *of.sizes[:3]
 
 
 def pull_back_steps_(
@@ -117,8 +131,7 @@ class SlotMoePass:
         self.groups = groups
         starts = {p.name: p.start for p in groups.all}
         self.columns = [starts[name] for name in (*_CORE, *_EXPERT)]
-        self.sizes = (cell.num_heads, cell.read_slots, cell.write_slots)
-        self.top_k = cell.top_k
+        self.sizes = _sizes(cell)
         self._place = {p.name: number for number, p in enumerate(groups.all)}
         self._copied: list[Tensor] = []
 
@@ -142,16 +155,7 @@ class SlotMoePass:
             tensors: the tensors the cell uses for its recurrent parameters, in the order of ``groups.all``.
         """
         cell = self.cell
-        sizes = (cell.num_heads, cell.read_slots, cell.write_slots)
-        if (
-            torch.is_autocast_enabled("cpu")
-            or not _METHODS.isdisjoint(vars(cell))
-            or (*sizes, cell.top_k)
-            != (
-                *self.sizes,
-                self.top_k,
-            )
-        ):
+        if torch.is_autocast_enabled("cpu") or not _METHODS.isdisjoint(vars(cell)) or _sizes(cell) != self.sizes:
             return False
         forwards = [nn.Linear.forward] * 4 + [ExpertBank.forward]
         modules: list[nn.Module] = [cell.query_token, cell.key_value, cell.control, cell.core, cell.experts]
@@ -178,28 +182,17 @@ class SlotMoePass:
             ones), ``(n, B, kr + kw, D)``, and the new state.
         """
         named = {name: tensors[place].detach() for name, place in self._place.items()}
-        weights = [
-            named[name]
-            for name in (
-                "slot_table",
-                "key_value.weight",
-                "control.weight",
-                "control.bias",
-                "core.weight",
-                "experts.weight",
-                "experts.bias",
-            )
-        ]
+        weights = [named[name] for name in _WEIGHTS]
         query_token = F.linear(xs, named["query_token.weight"], named["query_token.bias"])
         new_state, slots, saved, index = ops.slot_moe_forward(
-            state.detach().contiguous(), query_token, weights, *self.sizes, self.top_k
+            state.detach().contiguous(), query_token, weights, *self.sizes
         )
         inputs = xs.to(saved.dtype, memory_format=torch.contiguous_format, copy=True)  # the caller may reuse its buffer
         return FusedSteps(self, inputs, saved, index, self._copies(weights)), slots, new_state
 
     def outputs(self, steps: FusedSteps, slots: Tensor) -> Tensor:
         """Outputs ``(n, B, output_size)`` of steps from the slots they look at, see :meth:`run`."""
-        support = steps.index[..., : -self.top_k].flatten(0, 1)
+        support = steps.index[..., : -self.sizes[3]].flatten(0, 1)
         return self.cell.output(steps.inputs.flatten(0, 1), slots.flatten(0, 1), support).unflatten(0, slots.shape[:2])
 
     def _copies(self, weights: list[Tensor]) -> list[Tensor]:
@@ -223,21 +216,21 @@ def fused_segment(steps: Sequence[FusedSteps], hidden_size: int) -> tuple[Segmen
         The segment, its immediate Jacobians left out, and the state entries that it writes, ``(B, R)``.
     """
     cell, groups = steps[0].of.cell, steps[0].of.groups
-    batch, size = steps[0].saved.shape[1], cell.slot_size
-    of = steps[0].of
-    support = torch.cat([step.index[..., : -of.top_k] for step in steps]).transpose(0, 1)  # (B, n, kr + kw)
-    written = torch.zeros(batch, cell.num_slots, dtype=torch.bool)
-    write = _slots(written.scatter(1, support[..., of.sizes[1] :].flatten(1), True))
+    batch, size, device = steps[0].saved.shape[1], cell.slot_size, steps[0].saved.device
+    _, read, _, top_k = steps[0].of.sizes
+    support = torch.cat([step.index[..., :-top_k] for step in steps]).transpose(0, 1)  # (B, n, kr + kw)
+    written = torch.zeros(batch, cell.num_slots, dtype=torch.bool, device=device)
+    write = _slots(written.scatter(1, support[..., read:].flatten(1), True))
     touched = written.scatter(1, write, True).scatter_(1, support.flatten(1), True)
     support = _slots(touched)
     rows = slot_entries(write, size)
     phi = _identity(rows, hidden_size, steps[0].saved)
     ops.slot_moe_transfer_(phi, *_arguments(steps))
     if support.shape[1] == cell.num_slots:
-        support, Jh = torch.arange(cell.num_slots).expand(batch, -1), phi
+        support, Jh = torch.arange(cell.num_slots, device=device).expand(batch, -1), phi
     else:
         Jh = phi.gather(2, slot_entries(support, size).unsqueeze(1).expand(-1, phi.shape[1], -1))
-    every = torch.arange(batch)
+    every = torch.arange(batch, device=device)
     used = torch.cat([step.experts for step in steps], 1)
     pairs = (every.unsqueeze(1) * groups.num_experts + used).unique()
     streams = torch.div(pairs, groups.num_experts, rounding_mode="floor")

@@ -248,7 +248,7 @@ def test_operations_refuse_what_does_not_fit() -> None:
     (steps,) = learner._engine.influence.window
     v, core, experts = torch.zeros(2, 30).double(), learner._engine.influence.core, learner._engine.influence.experts
     g = torch.zeros(core.shape[2]).double(), torch.zeros(8, experts.shape[2]).double()
-    arguments = [[steps.inputs], [steps.saved], [steps.index], steps.weights, steps.of.columns, *steps.of.sizes]
+    arguments = [[steps.inputs], [steps.saved], [steps.index], steps.weights, steps.of.columns, *steps.of.sizes[:3]]
     ops.slot_moe_pull_back_(v, *g, None, *arguments)
     for place, bad in (
         (0, [steps.inputs[:2]]),
@@ -270,5 +270,5 @@ def test_operations_refuse_what_does_not_fit() -> None:
         ("slot_moe_transfer_", (torch.zeros(2, 4, 30).double(), *arguments)),
     ):
         torch.library.opcheck(getattr(torch.ops.sparse_rtrl, name).default, call)
-    forward = (learner.state, torch.zeros(3, 2, 10).double(), steps.weights, *steps.of.sizes, 2)
+    forward = (learner.state, torch.zeros(3, 2, 10).double(), steps.weights, *steps.of.sizes)
     torch.library.opcheck(torch.ops.sparse_rtrl.slot_moe_forward.default, forward)
