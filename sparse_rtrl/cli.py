@@ -124,7 +124,11 @@ TaskChoice = Annotated[TaskName, typer.Option(help="What to learn.", rich_help_p
 Length = Annotated[int, typer.Option(help="Steps per sequence at the end of training.", rich_help_panel=_TASK)]
 StartLength = Annotated[
     int | None,
-    typer.Option(help="Length at the beginning; it grows from there to --length.", rich_help_panel=_TASK),
+    typer.Option(
+        help="Length at the beginning; it grows from there to --length. If absent 12, or the shortest sequence of the "
+        "task.",
+        rich_help_panel=_TASK,
+    ),
 ]
 CurriculumUpdates = Annotated[
     int | None,
@@ -134,8 +138,8 @@ CurriculumShape = Annotated[str, typer.Option(help="linear or geometric.", rich_
 MinDistance = Annotated[
     int | None,
     typer.Option(
-        help="Haystack: least steps from key to question; one more than --segment if absent, so that truncated "
-        "BPTT never sees both in one segment.",
+        help="Haystack and recall: least steps between what is remembered and its question; one more than --segment if "
+        "absent, so that truncated BPTT never sees both in one segment.",
         rich_help_panel=_TASK,
     ),
 ]
@@ -165,6 +169,7 @@ def _config(values: dict[str, Any]) -> RunConfig:
     from dataclasses import fields
 
     from sparse_rtrl.contestant import RunConfig
+    from sparse_rtrl.tasks import TASKS
 
     task = values["task"].value
     options: dict[str, Any] = {}
@@ -172,11 +177,14 @@ def _config(values: dict[str, Any]) -> RunConfig:
         values = {**values, "start_length": None, "eval_lengths": ()}
     if values.get("corpus") is not None:
         values = {**values, "corpus": str(values["corpus"])}
-    if task == "haystack":
+    if task in ("haystack", "recall"):
         distance = values.get("min_distance")
         options["min_distance"] = values["segment"] + 1 if distance is None else distance
-    elif task == "recall":
+    if task == "recall":
         options["num_pairs"] = values.get("pairs", 4)
+    if task in TASKS and values.get("start_length", 0) is None:
+        shortest = TASKS[task](values["length"], 1, **options).min_length
+        values = {**values, "start_length": min(max(12, shortest), values["length"])}
     known = {f.name for f in fields(RunConfig)}
     # Options that take several values, such as the methods or lengths of a comparison, are not those of one run.
     single = {name: v for name, v in values.items() if name in known and not isinstance(v, list)}
@@ -238,7 +246,7 @@ def train(
             rich_help_panel=_TASK,
         ),
     ] = 128,
-    start_length: StartLength = 12,
+    start_length: StartLength = None,
     curriculum_updates: CurriculumUpdates = None,
     curriculum_shape: CurriculumShape = "geometric",
     min_distance: MinDistance = None,
@@ -309,7 +317,8 @@ def train(
 
     - `sparse-rtrl train` — sparse RTRL on the haystack, length growing from 12 to 128
     - `sparse-rtrl train -m tbptt --segment 8 --name truncated` — the same with truncated BPTT
-    - `sparse-rtrl train --task recall --pairs 8 --start-length 40 --length 200 --slot-size 32`
+    - `sparse-rtrl train --task recall --num-slots 8 --read-slots 4 --write-slots 4 --length 64
+      --evaluate-at 512`
     - `sparse-rtrl train --cell lru --segment 1` — a linear recurrent unit, exact and fully online
     - `sparse-rtrl train --evaluate-at 128 --evaluate-at 10000` — score far beyond the training length
     - `sparse-rtrl train --task bytes --corpus FILE --length 64 --updates 1000` — predict the next byte of any file;
@@ -336,7 +345,7 @@ def compare_direct(
     slot_size: SlotSize = 16,
     task: TaskChoice = TaskName.haystack,
     length: Length = 128,
-    start_length: StartLength = 12,
+    start_length: StartLength = None,
     curriculum_updates: CurriculumUpdates = None,
     curriculum_shape: CurriculumShape = "geometric",
     batch_size: BatchSize = 16,
@@ -405,14 +414,21 @@ def compare_trials(
     trials: Annotated[int, typer.Option(help="Seeds per method and length.")] = 5,
     cell: Cell = CellName.slot_moe,
     slot_size: SlotSize = 16,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 4,
+    top_k: TopK = 2,
+    read_slots: ReadSlots = 2,
+    write_slots: WriteSlots = 2,
     task: TaskChoice = TaskName.haystack,
     length: Annotated[
         list[int] | None,
         typer.Option(help="Steps per sequence; repeat for several.", rich_help_panel=_TASK),
     ] = None,
-    start_length: StartLength = 12,
+    start_length: StartLength = None,
     curriculum_updates: CurriculumUpdates = None,
     curriculum_shape: CurriculumShape = "geometric",
+    min_distance: MinDistance = None,
+    pairs: Pairs = 4,
     batch_size: BatchSize = 16,
     updates: Updates = 400,
     segment: Segment = 8,
@@ -449,7 +465,7 @@ def compare_trials(
 @app.command(rich_help_panel="Learn")
 def demo(
     length: Length = 128,
-    start_length: StartLength = 12,
+    start_length: StartLength = None,
     curriculum_updates: CurriculumUpdates = None,
     curriculum_shape: CurriculumShape = "geometric",
     slot_size: SlotSize = 16,

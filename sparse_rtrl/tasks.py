@@ -345,15 +345,18 @@ class MultiQueryRecall(Task):
 
     A sequence has two parts. In the first, ``num_pairs`` pairs ``key value`` with distinct keys stand at random places
     among distractors, which are drawn uniformly from the values. The second is ``Q key`` for ``num_queries`` of these
-    keys, distinct and in random order; the class of the value is asked for at each of these keys.
+    keys, distinct and in random order; the class of the value is asked for at each of these keys. With
+    ``min_distance``, distractors alone stand between the last value and the first ``Q``.
 
     Args:
-        length: steps per sequence, at least ``2 * (num_pairs + num_queries)``; the rest are distractors.
+        length: steps per sequence, at least ``2 * (num_pairs + num_queries) + min_distance``; the rest are distractors.
         batch_size: sequences per batch.
         num_pairs: pairs to remember.
         num_queries: keys asked for, at most ``num_pairs``; None for all of them.
         num_keys: size of the key vocabulary, at least ``num_pairs``; None for ``2 * num_pairs``.
         num_values: number of values, and of classes.
+        min_distance: number of steps between the parts that hold no pair; every value is asked for more than this many
+            steps after it was shown.
         seed: seed of the task's generator, or a generator.
     """
 
@@ -365,10 +368,12 @@ class MultiQueryRecall(Task):
         num_queries: int | None = None,
         num_keys: int | None = None,
         num_values: int = 4,
+        min_distance: int = 0,
         seed: int | torch.Generator = 0,
     ) -> None:
         _require(num_pairs >= 1, "num_pairs", num_pairs, "at least 1")
         _require(num_values >= 2, "num_values", num_values, "at least 2")
+        _require(min_distance >= 0, "min_distance", min_distance, "at least 0")
         num_queries = num_pairs if num_queries is None else num_queries
         num_keys = 2 * num_pairs if num_keys is None else num_keys
         _require(1 <= num_queries <= num_pairs, "num_queries", num_queries, f"between 1 and num_pairs ({num_pairs})")
@@ -376,6 +381,7 @@ class MultiQueryRecall(Task):
         self.num_pairs = num_pairs
         self.num_queries = num_queries
         self.num_keys = num_keys
+        self.min_distance = min_distance
         # Tokens: values first, then keys, then Q, so that a value's token is its class.
         self.input_size = num_values + num_keys + 1
         self.output_size = num_values
@@ -383,8 +389,8 @@ class MultiQueryRecall(Task):
 
     @property
     def min_length(self) -> int:
-        """Smallest length: pairs and queries without distractors."""
-        return 2 * (self.num_pairs + self.num_queries)
+        """Smallest length: pairs and queries, and the distractors between them."""
+        return 2 * (self.num_pairs + self.num_queries) + self.min_distance
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         batch, pairs, queries = self.batch_size, self.num_pairs, self.num_queries
@@ -394,7 +400,7 @@ class MultiQueryRecall(Task):
 
         tokens = self._integers(self.output_size, batch, self.length)
         # An item is a pair (two steps) or a distractor (one step): each earlier pair shifts an item by one step.
-        items = first_query - pairs
+        items = first_query - self.min_distance - pairs
         place = self._permutations(batch, items)[:, :pairs].sort(dim=1).values + torch.arange(pairs)
         tokens.scatter_(1, place, keys).scatter_(1, place + 1, values)
 

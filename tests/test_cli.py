@@ -55,8 +55,10 @@ def test_diagonal_cells_train_and_pass_the_gradient_check(cell, tmp_path):
 @pytest.mark.parametrize("task", ["haystack", "copy", "anbn", "recall"])
 def test_every_task_trains(task, tmp_path):
     arguments = ["--batch-size", "2", "--updates", "2", "--eval-sequences", "4", "--slot-size", "8", "--segment", "4"]
-    output = invoke("train", "--task", task, "--length", 40, "--start-length", 40, *arguments, "--runs", tmp_path)
+    output = invoke("train", "--task", task, "--length", 40, *arguments, "--runs", tmp_path, "--name", "it")
     assert "fresh sequences" in output
+    start = json.loads((tmp_path / "it" / "config.json").read_text())["start_length"]
+    assert start == {"recall": 16 + 5}.get(task, 12)  # the shortest sequence with nothing asked within a segment
 
 
 def test_train_on_real_data_and_resume(tmp_path):

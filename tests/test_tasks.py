@@ -62,6 +62,7 @@ def solve_recall(tokens, num_values=4):
         (MultiQueryRecall(4, 7, num_pairs=1), solve_recall),
         (MultiQueryRecall(40, 64, num_pairs=5), solve_recall),
         (MultiQueryRecall(33, 64, num_pairs=6, num_queries=2, num_keys=6), solve_recall),
+        (MultiQueryRecall(24, 64, num_pairs=3, min_distance=9), solve_recall),
     ],
 )
 def test_targets_are_what_an_oracle_answers(task, solve):
@@ -84,6 +85,17 @@ def test_same_seed_same_batches_other_seed_other_batches(name):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     assert not torch.equal(first[0], first[1])
+
+
+def test_recall_keeps_pairs_away_from_questions():
+    last = []
+    for batch in itertools.islice(MultiQueryRecall(40, 64, num_pairs=3, num_keys=4, min_distance=9), 4):
+        for tokens in tokens_of(batch):
+            first_query = tokens.index(8)  # values 0 to 3, keys 4 to 7, Q
+            shown = [place + 1 for place, token in enumerate(tokens[:first_query]) if token >= 4]
+            assert first_query == 34 and len(shown) == 3
+            last.append(max(shown))
+    assert max(last) == 34 - 9 - 1  # reached, and never exceeded
 
 
 def test_haystack_distance_and_place():
@@ -136,6 +148,8 @@ def test_curriculum_sets_lengths():
         (lambda: Copy(5, 2, pattern_length=0), ["pattern_length", "got 0"]),
         (lambda: AnBn(1, 2), ["length", "at least 2", "got 1"]),
         (lambda: MultiQueryRecall(15, 2, num_pairs=4), ["length", "at least 16", "got 15"]),
+        (lambda: MultiQueryRecall(24, 2, num_pairs=4, min_distance=9), ["length", "at least 25", "got 24"]),
+        (lambda: MultiQueryRecall(50, 2, min_distance=-1), ["min_distance", "at least 0", "got -1"]),
         (lambda: MultiQueryRecall(50, 2, num_pairs=4, num_queries=5), ["num_queries", "between 1 and", "got 5"]),
         (lambda: MultiQueryRecall(50, 2, num_pairs=4, num_keys=3), ["num_keys", "at least num_pairs (4)", "got 3"]),
         (lambda: Curriculum(Haystack(5, 2), 4, 9, 3), ["start", "at least 5", "got 4"]),
