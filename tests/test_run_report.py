@@ -66,7 +66,7 @@ def test_the_page_compares_runs_and_needs_nothing_else(tmp_path):
     page = Page(tmp_path / "out" / "report.html")
     for words in ("rtrl (2)", "tbptt <b>&", "25,000", "3.250", "2.500", "98.76%", "accuracy at 10,000", "105.0"):
         assert words in page.text
-    events = page.text.split("Events, and")[1].split("Configuration")[0].split()
+    events = page.text.split("details")[1].split("Configuration")[0].split()
     assert events[events.index("started") + 1] == events[events.index("finished") + 1] == "5"  # the update
     assert "2.9%" in page.text  # 105 MiB over 102 MiB, from 10,000 tokens on
     assert "Expert load of rtrl over tokens" in page.pictures and "Slots read of rtrl (2) over tokens" in page.pictures
