@@ -11,6 +11,10 @@ CELLS = {
     "retention": lambda: RetentionCell(3, num_heads=2, head_size=4, output_size=2, decay=[0.9, 0.7]),
     "retention, learned decay": lambda: RetentionCell(3, 2, 3, 2, decay=[0.9, 0.7], learn_decay=True),
     "linear attention": lambda: RetentionCell(3, num_heads=2, head_size=3, output_size=2, decay=1.0),
+    "retention, rotated": lambda: RetentionCell(3, 2, 4, 2, decay=[0.9, 0.7], rotation=[[0.4, 1.5], [2.5, -0.8]]),
+    "retention, token shift": lambda: RetentionCell(
+        3, 2, 4, 2, decay=[0.9, 0.7], rotation=[[0.4], [1.5]], learn_rotation=True, token_shift=True
+    ),
     "mamba": lambda: MambaCell(3, channels=4, output_size=2, state_size=3, delta_min=0.1, delta_max=1.0),
     "rwkv": lambda: RWKVCell(3, channels=5, output_size=2),
 }

@@ -175,6 +175,8 @@ def test_resuming_is_bit_for_bit(name, commit_every, tmp_path):
         (LRUCell(64, 96, 10), 2 * 96 * (64 + 2), 1.01),
         (ELSTMCell(64, 96, 10), 2 * 96 * (64 + 2), 1.0),
         (RetentionCell(64, 4, 24, 10), 2 * 96 * 64, 1.0),
+        (RetentionCell(64, 4, 24, 10, rotation=[[0.1], [0.2], [0.3], [0.4]]), 3 * 96 * 64, 1.5),
+        (RetentionCell(64, 4, 24, 10, rotation="xpos", token_shift=True), 96 * (24 + 1) * 64, 12.5),
         (RWKVCell(64, 96, 10), 96 * (6 * 64 + 2), 3.0),
         (MambaCell(64, 96, 10, state_size=4), 4 * 96 * (3 * 64 + 2), 10.0),
     ],

@@ -53,16 +53,27 @@ def test_elstm_is_the_recurrence_of_its_paper():
     torch.testing.assert_close(state, c, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["retention", "linear attention"])
+def rotated(rows, angles):
+    """Rows ``(T, d)`` turned by their position: numbers ``j`` and ``j + d / 2`` of row ``t`` by ``t θ_j``."""
+    turns = torch.arange(len(rows), dtype=rows.dtype).unsqueeze(1) * angles
+    a, b = rows.chunk(2, 1)
+    return torch.cat((a * turns.cos() - b * turns.sin(), a * turns.sin() + b * turns.cos()), 1)
+
+
+@pytest.mark.parametrize("name", ["retention", "linear attention", "retention, rotated", "retention, token shift"])
 def test_retention_is_the_parallel_form_of_its_paper(name):
-    """``(Q K^T ⊙ D) V`` with ``D[t, s] = γ^{t-s}`` for ``s <= t``."""
+    """``(Q K^T ⊙ D) V`` with ``D[t, s] = γ^{t-s}`` for ``s <= t``, queries and keys turned by their position."""
     cell, x = make_cell(name), inputs(8, 1)
     outputs, _ = cell.unroll(x, cell.initial_state(1))
-    heads, size, _ = cell.state_shape
+    size = cell.state_shape[2]
+    of_keys = torch.cat((torch.zeros_like(x[:1]), x[:-1])) if name == "retention, token shift" else x
     parts = []
-    for head in range(heads):
+    for head in range(cell.state_shape[0]):
         rows = slice(head * size, (head + 1) * size)
-        Q, K, V = (x[:, 0] @ m.weight[rows].T for m in (cell.readout.query, cell.key, cell.value))
+        sources = (x, cell.readout.query), (of_keys, cell.key), (x, cell.value)
+        Q, K, V = (source[:, 0] @ linear.weight[rows].T for source, linear in sources)
+        if cell.angle is not None:
+            Q, K = rotated(Q, cell.angle[head]), rotated(K, cell.angle[head])
         gap = torch.arange(8.0, dtype=torch.float64).unsqueeze(1) - torch.arange(8.0, dtype=torch.float64)
         D = torch.where(gap >= 0, cell.decay[head] ** gap, 0.0)
         parts.append((Q @ K.T / math.sqrt(size) * D) @ V)
@@ -70,6 +81,20 @@ def test_retention_is_the_parallel_form_of_its_paper(name):
     gate = x[:, 0] @ cell.readout.gate.weight.T
     expected = (gate * torch.sigmoid(gate) * retained) @ cell.readout.linear.weight.T + cell.readout.linear.bias
     torch.testing.assert_close(outputs[:, 0], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_retention_turns_by_the_angles_of_xpos_and_refuses_others():
+    cell = RetentionCell(2, 2, 4, 2, rotation="xpos")
+    torch.testing.assert_close(cell.angle.data, torch.tensor([[1.0, 0.01], [1.0, 0.01]]))
+    assert not cell.angle.requires_grad and RetentionCell(2, 2, 4, 2).angle is None
+    with pytest.raises(ValueError, match=r"of shape \(2, 2\) or \(2, 1\), got \[1.0, 2.0\]"):
+        RetentionCell(2, 2, 4, 2, rotation=[1.0, 2.0])
+    with pytest.raises(ValueError, match="'xpos', angles or None, got 'rope'"):
+        RetentionCell(2, 2, 4, 2, rotation="rope")
+    with pytest.raises(ValueError, match="head_size must be even with rotation, got 3"):
+        RetentionCell(2, 2, 3, 2, rotation="xpos")
+    with pytest.raises(ValueError, match="needs a rotation to start from"):
+        RetentionCell(2, 2, 4, 2, learn_rotation=True)
 
 
 def test_retention_decays_as_in_its_paper_and_refuses_others():
