@@ -120,6 +120,14 @@ NumExperts = Annotated[int, typer.Option(help="Experts.", rich_help_panel=_CELL)
 TopK = Annotated[int, typer.Option(help="Experts active in a step.", rich_help_panel=_CELL)]
 ReadSlots = Annotated[int, typer.Option(help="Slots read in a step.", rich_help_panel=_CELL)]
 WriteSlots = Annotated[int, typer.Option(help="Slots written in a step.", rich_help_panel=_CELL)]
+TokenShift = Annotated[
+    bool,
+    typer.Option(
+        "--token-shift",
+        help="Retention: keys come from the previous input, so that it remembers which input followed which.",
+        rich_help_panel=_CELL,
+    ),
+]
 TaskChoice = Annotated[TaskName, typer.Option(help="What to learn.", rich_help_panel=_TASK)]
 Length = Annotated[int, typer.Option(help="Steps per sequence at the end of training.", rich_help_panel=_TASK)]
 StartLength = Annotated[
@@ -177,6 +185,10 @@ def _config(values: dict[str, Any]) -> RunConfig:
         values = {**values, "start_length": None, "eval_lengths": ()}
     if values.get("corpus") is not None:
         values = {**values, "corpus": str(values["corpus"])}
+    if values.get("token_shift"):
+        if values["cell"] is not CellName.retention:
+            raise ValueError(f"--token-shift is for the cell retention, got cell {values['cell'].value}")
+        values = {**values, "cell_options": {"token_shift": True}}
     if task in ("haystack", "recall"):
         distance = values.get("min_distance")
         options["min_distance"] = values["segment"] + 1 if distance is None else distance
@@ -217,6 +229,7 @@ def train(
     top_k: TopK = 2,
     read_slots: ReadSlots = 2,
     write_slots: WriteSlots = 2,
+    token_shift: TokenShift = False,
     task: Annotated[
         TrainingData,
         typer.Option(
@@ -419,6 +432,7 @@ def compare_trials(
     top_k: TopK = 2,
     read_slots: ReadSlots = 2,
     write_slots: WriteSlots = 2,
+    token_shift: TokenShift = False,
     task: TaskChoice = TaskName.haystack,
     length: Annotated[
         list[int] | None,

@@ -61,6 +61,16 @@ def test_every_task_trains(task, tmp_path):
     assert start == {"recall": 16 + 5}.get(task, 12)  # the shortest sequence with nothing asked within a segment
 
 
+def test_retention_with_token_shift_recalls(tmp_path):
+    options = ["--cell", "retention", "--token-shift", "--task", "recall", "--pairs", 2, "--segment", 4, "--length", 24]
+    options += ["--batch-size", 16, "--updates", 100, "--slot-size", 8, "--eval-sequences", 100]
+    invoke("train", *options, "--runs", tmp_path, "--name", "it")
+    accuracy = json.loads((tmp_path / "it" / "results.json").read_text())["accuracy"]["24"]
+    assert accuracy["value"] > 0.9  # without the shift no cell can tell which value belongs to which key
+    output = invoke("train", "--cell", "lru", "--token-shift", "--runs", tmp_path, status=2)
+    assert "--token-shift is for the cell retention, got cell lru" in output
+
+
 def test_train_on_real_data_and_resume(tmp_path):
     fasta = tmp_path / "x.fa"
     fasta.write_text(">a\nACGTTGCATTTGACNNAGATTAGAC\n>b\nGATTACAGATTACA\n")
