@@ -11,7 +11,8 @@ each half; at the last step the sum of the two marked values is asked for. Alway
 
 An LRU is linear in its input and could not multiply a value by its mark, so the product of the two is a third input of
 the adding task, and values are shifted to a mean of zero. Retention, whose normalised output knows no scale, gets the
-number 1 as a fourth. What remains to be learned is what to keep for 1,000 steps.
+number 1 as a fourth. What remains to be learned is what to keep for 1,000 steps. In the copy task it tells positions
+apart by rotation: its keys turn by 16 angles between 0 and pi per step, and its state is as large as that of the LRU.
 
 Methods: RTRL with segments of one step, TBPTT of one and of 64 steps, BPTT. All take one optimizer step per batch of
 sequences, with the same sequences and initial parameters for a seed; ``rtrl-token`` steps the optimizer at every answer
@@ -143,8 +144,11 @@ def make_cell(task: str, name: str, problem: Problem, seed: int) -> DiagonalCell
         if task == "copy":
             return LRUCell(sizes[0], 128, sizes[1])
         return LRUCell(sizes[0], 64, sizes[1], r_min=0.99, r_max=0.9999, max_phase=math.pi / 50)
-    exponents = (4, 5, 6, 7) if task == "copy" else (9, 11, 13, 15)  # memories of about 2**exponent steps
-    return RetentionCell(sizes[0], 4, 16, sizes[1], decay=[1 - 2.0**-e for e in exponents])
+    if task == "copy":
+        angles = math.pi / 16 * torch.arange(1, 17).view(4, 4).t()  # every head has slow and fast ones
+        return RetentionCell(sizes[0], 4, 8, sizes[1], decay=1 - 2.0**-7, rotation=angles)
+    exponents = (9, 11, 13, 15)  # memories of about 2**exponent steps
+    return RetentionCell(sizes[0], 4, 8, sizes[1], decay=[1 - 2.0**-e for e in exponents])
 
 
 class Training:
