@@ -261,9 +261,11 @@ def train(task: str, cell: str, method: str, seed: int, updates: int | None = No
     }
 
 
-def configurations(tasks: list[str], cells: list[str], seeds: int) -> Iterator[tuple[str, str, str, int]]:
+def configurations(
+    tasks: list[str], cells: list[str], methods: list[str], seeds: int
+) -> Iterator[tuple[str, str, str, int]]:
     """All of them, one seed of everything after the other."""
-    for seed, task, cell, method in itertools.product(range(seeds), tasks, cells, METHODS):
+    for seed, task, cell, method in itertools.product(range(seeds), tasks, cells, methods):
         if (task, method) != ("adding", "rtrl-token"):  # the same as rtrl: there is one answer
             yield task, cell, method, seed
 
@@ -325,6 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="results, one JSON object per line")
     parser.add_argument("--tasks", nargs="+", choices=UPDATES, default=[*UPDATES])
     parser.add_argument("--cells", nargs="+", choices=["lru", "retention"], default=["lru", "retention"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, help="fewer than in the comparison, to try it out")
     parser.add_argument("--length", type=int, help="steps per sequence, to try it out")
@@ -334,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if not options.summary and not options.picture:
         done = {(row["task"], row["cell"], row["method"], row["seed"]) for row in load(options.out)}
-        for configuration in configurations(options.tasks, options.cells, options.seeds):
+        for configuration in configurations(options.tasks, options.cells, options.methods, options.seeds):
             if configuration not in done:
                 row = train(*configuration, options.updates, options.length)
                 with options.out.open("a") as file:
