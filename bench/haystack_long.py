@@ -5,8 +5,6 @@ slot cell on the same sequences, whose length grows to 110, with the same segmen
 always further back than a segment. Both are scored by ``sparse-rtrl train`` on 1,000 fresh sequences of lengths 128 and
 10,000, and here on sequences of a million tokens, which are drawn in parts and never held as a whole. Called again, the
 script goes on where it was stopped, in a training as in a scoring.
-
-The scoring compiles the cell's step, and first checks on short sequences that it gives the answers of the cell itself.
 """
 
 from __future__ import annotations
@@ -22,24 +20,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from sparse_rtrl.checkpoint import load_checkpoint, save_checkpoint
 from sparse_rtrl.contestant import RunConfig, build_method
 from sparse_rtrl.environment import describe_environment
 from sparse_rtrl.evaluation import Accuracy
-from sparse_rtrl.lyapunov import step_of
+from sparse_rtrl.gradient_method import unroll
 from sparse_rtrl.slot_cell import SlotCell
 from sparse_rtrl.streams import TaskStream
 from sparse_rtrl.tasks import Haystack
 from sparse_rtrl.training import Tally
 
 EVALUATION_SEED = 2**31 + 2**30
-TOGETHER = 4
-"""Steps that are compiled into one call."""
-
-Chunk = Callable[[Tensor, Tensor], Tensor]
-"""Moves a state ``(B, S, D)`` through inputs ``(n, B, input_size)``."""
 
 
 def train(folder: Path, method: str, seed: int, options: argparse.Namespace) -> None:
@@ -75,27 +67,10 @@ def trained_cell(folder: Path) -> tuple[SlotCell, RunConfig]:
     return cell, config  # type: ignore[return-value]
 
 
-def chunk_of(cell: SlotCell, compiled: bool) -> Chunk:
-    """The cell's steps over a chunk, compiled if asked; its parametrized weights become plain ones."""
-    for module in list(cell.modules()):
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name)
-    step = step_of(cell)
-
-    def run(xs: Tensor, state: Tensor) -> Tensor:
-        for x in xs.unbind():
-            state = step(x, state)
-        return state
-
-    return torch.compile(run, dynamic=False) if compiled else run
-
-
 @torch.no_grad()
 def score(
     cell: SlotCell,
     stream: TaskStream,
-    chunk: Chunk,
     state: Tensor,
     save: Callable[[Tensor], None] = lambda state: None,
     save_seconds: float = 120.0,
@@ -103,14 +78,10 @@ def score(
     """Run one batch of sequences to its end, from where the stream is, and count the right answers."""
     saved = time.perf_counter()
     for batch in stream:
-        rest = len(batch.x) % TOGETHER or TOGETHER  # the last steps give the answer and run as they are
-        for xs in batch.x[:-rest].split(TOGETHER):
-            state = chunk(xs, state)
-        for x in batch.x[-rest:]:
-            output, _, state = cell(x, state)
+        outputs, state = unroll(cell, batch.x, state)
         target = batch.target[-1]
         if (target >= 0).all():
-            return Tally(0.0, int((output.argmax(-1) == target).sum()), len(target))
+            return Tally(0.0, int((outputs[-1].argmax(-1) == target).sum()), len(target))
         if time.perf_counter() - saved >= save_seconds:
             save(state)
             saved = time.perf_counter()
@@ -124,17 +95,8 @@ def score_long(folder: Path, options: argparse.Namespace) -> dict:
         return json.loads(result.read_text())
     cell, config = trained_cell(folder)
     batch = options.long_sequences
-
-    def stream_of(length: int, seed: int) -> TaskStream:
-        return TaskStream(Haystack(length, batch, seed=seed, **config.task_options), options.part)
-
-    chunk, plain = (chunk_of(trained_cell(folder)[0], compiled) for compiled in (options.compile, False))
-    initial = cell.initial_state(batch)
-    check = min(1000, options.long_length)
-    answers = [score(cell, stream_of(check, EVALUATION_SEED - 1), steps, initial) for steps in (chunk, plain)]
-    if abs(answers[0].correct - answers[1].correct) > 0.005 * batch:
-        raise RuntimeError(f"compiled steps and the cell must answer alike, got {answers} of {batch}")
-    stream, state, seconds = stream_of(options.long_length, EVALUATION_SEED + config.seed), initial, 0.0
+    task = Haystack(options.long_length, batch, seed=EVALUATION_SEED + config.seed, **config.task_options)
+    stream, state, seconds = TaskStream(task, options.part), cell.initial_state(batch), 0.0
     if kept.exists():
         saved = load_checkpoint(kept)
         stream.load_state_dict(saved["stream"])
@@ -145,11 +107,10 @@ def score_long(folder: Path, options: argparse.Namespace) -> dict:
         done = {"stream": stream.state_dict(), "state": state, "seconds": time.perf_counter() - began}
         save_checkpoint(kept, done)
 
-    tally = score(cell, stream, chunk, state, save)
+    tally = score(cell, stream, state, save)
     accuracy = Accuracy(tally.correct, tally.asked, batch)
     found = {"length": options.long_length, "correct": tally.correct, "sequences": batch, "value": accuracy.value}
     found |= {"interval": list(accuracy.interval), "seconds": time.perf_counter() - began}
-    found |= {f"correct_at_{check}_compiled_and_plain": [a.correct for a in answers]}
     result.write_text(json.dumps(found) + "\n")
     kept.unlink(missing_ok=True)
     return found
@@ -168,7 +129,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--long-length", type=int, default=1_000_000)
     parser.add_argument("--long-sequences", type=int, default=250)
     parser.add_argument("--part", type=int, default=1000, help="steps of the long sequences that are held at a time")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--runs", type=Path, default=Path("runs/haystack_long"), help="folder of the runs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)

@@ -138,7 +138,7 @@ def test_break_even_length():
 def test_haystack_long(tmp_path):
     arguments = ["--methods", "tbptt", "--seeds", "1", "--length", "20", "--updates", "3", "--curriculum-updates", "2"]
     arguments += ["--evaluate-at", "30", "--sequences", "10", "--long-length", "203", "--long-sequences", "9"]
-    arguments += ["--no-compile", "--runs", str(tmp_path)]
+    arguments += ["--runs", str(tmp_path)]
     (run,) = haystack_long.main(arguments)
     assert run["accuracy"]["30"]["sequences"] == 10 and run["long"]["sequences"] == 9
     assert 0 <= run["long"]["correct"] <= 9
@@ -155,10 +155,9 @@ def test_a_long_scoring_goes_on_where_it_was(tmp_path):
         return TaskStream(Haystack(60, 50, seed=5), 11)
 
     one = stream()
-    plain = haystack_long.chunk_of(cell, False)
-    whole = haystack_long.score(cell, one, plain, state, lambda h: saved.append((h, one.state_dict())), 0.0)
+    whole = haystack_long.score(cell, one, state, lambda h: saved.append((h, one.state_dict())), 0.0)
     assert len(saved) == 5 and whole.asked == 50
     for entered, position in saved:
         other = stream()
         other.load_state_dict(position)
-        assert haystack_long.score(cell, other, plain, entered) == whole
+        assert haystack_long.score(cell, other, entered) == whole

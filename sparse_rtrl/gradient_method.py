@@ -18,6 +18,7 @@ from sparse_rtrl.errors import NonFiniteLossError
 from sparse_rtrl.lyapunov import LyapunovRegularizer
 from sparse_rtrl.routing_usage import RoutingUsage
 from sparse_rtrl.slot_cell import SlotCell
+from sparse_rtrl.slot_moe_pass import run_without_learning, runs_fused
 from sparse_rtrl.tasks import IGNORE, Batch
 
 
@@ -41,7 +42,7 @@ class RecurrentModel(Protocol):
 
 
 def unroll(model: RecurrentModel, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Run a recurrent model over a chunk of steps with plain autograd.
+    """Run a recurrent model over a chunk of steps with plain autograd; without gradient in the fused pass, if it can.
 
     Args:
         model: the model to run.
@@ -56,6 +57,8 @@ def unroll(model: RecurrentModel, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     if not isinstance(model, SlotCell):
         outputs, state = model(x, state)
         return outputs, state
+    if not torch.is_grad_enabled() and runs_fused(model, state):
+        return run_without_learning(model, x, state)
     steps = []
     # Parametrized weights are constant within the chunk: evaluate them once, not at every step.
     with parametrize.cached():

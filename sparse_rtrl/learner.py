@@ -21,7 +21,7 @@ from sparse_rtrl.estimate import MAX_COMMIT_EVERY, MAX_FUSED_COMMIT_EVERY, choos
 from sparse_rtrl.jacobian import StepJacobian
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
-from sparse_rtrl.slot_moe_pass import FusedSegment, FusedSteps
+from sparse_rtrl.slot_moe_pass import FusedSegment, FusedSteps, run_without_learning, runs_fused
 
 if TYPE_CHECKING:
     from sparse_rtrl.diagonal_engine import DiagonalEngine
@@ -441,6 +441,9 @@ class Evaluation:
 
     def unroll(self, xs: Tensor) -> Tensor:
         """Take several steps: ``xs (n, B, ...)`` to outputs ``(n, B, ...)``."""
+        if runs_fused(self.cell, self.state):
+            outputs, self.state = run_without_learning(self.cell, xs, self.state)
+            return outputs
         return torch.stack([self(x) for x in xs])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,9 @@ _WEIGHTS = (
     "experts.bias",
 )
 """Weights in the order of the operations."""
-_METHODS = {"route", "transition", "update", "output"}
+_METHODS = {"forward", "route", "transition", "update", "output"}
+_TOGETHER = 2**14
+"""Steps of streams that are evaluated in one call; what the operation keeps for a backward pass grows with it."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,50 @@ def _arguments(window: Sequence[FusedSteps]) -> tuple[Any, ...]:
     return *parts, weights, of.columns, *of.sizes[:3]
 
 
+def _as_written(cell: SlotMoECell) -> bool:
+    """Whether the cell computes what its class says: no autocast, no methods or submodules replaced, no hooks."""
+    if torch.is_autocast_enabled("cpu") or not _METHODS.isdisjoint(vars(cell)):
+        return False
+    forwards = [nn.Linear.forward] * 4 + [ExpertBank.forward]
+    modules: list[nn.Module] = [cell.query_token, cell.key_value, cell.control, cell.core, cell.experts]
+    for module, forward in zip(modules, forwards, strict=True):
+        if type(module).forward is not forward or "forward" in vars(module):
+            return False
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in (cell, *modules)
+    )
+
+
+def runs_fused(cell: nn.Module, state: Tensor) -> TypeGuard[SlotMoECell]:
+    """Whether :func:`run_without_learning` runs a cell."""
+    if type(cell) is not SlotMoECell or not ops.fused("auto", state.device, state.dtype):
+        return False
+    return _as_written(cell) and cell.slot_table.dtype == state.dtype
+
+
+@torch.no_grad()
+def run_without_learning(cell: SlotMoECell, xs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Run steps of a cell forward in the fused pass, to evaluate it; see :func:`runs_fused`.
+
+    Args:
+        cell: the cell.
+        xs: inputs ``(n, B, input_size)``.
+        state: state that enters the first step, ``(B, S, D)``.
+
+    Returns:
+        Outputs ``(n, B, output_size)`` and the state after the last step.
+    """
+    named = dict(cell.named_parameters())
+    weights = [cell.core.weight if name == "core.weight" else named[name] for name in _WEIGHTS]
+    state = state.contiguous()
+    outputs = []
+    for part in xs.split(max(1, _TOGETHER // len(state))):
+        state, slots, _, index = ops.slot_moe_forward(state, cell.query_token(part), weights, *_sizes(cell))
+        support = index[..., : -cell.top_k].flatten(0, 1)
+        outputs.append(cell.output(part.flatten(0, 1), slots.flatten(0, 1), support).unflatten(0, part.shape[:2]))
+    return torch.cat(outputs), state
+
+
 def pull_back_steps_(
     window: Sequence[FusedSteps], v: Tensor, core: Tensor, experts: Tensor, cotangent: Tensor | None = None
 ) -> None:
@@ -147,26 +193,13 @@ class SlotMoePass:
         return cls(cell, groups)
 
     def usable(self, tensors: list[Tensor]) -> bool:
-        """Whether the cell runs now as it was written, and all of its recurrent parameters train.
-
-        Not under autocast, with methods or submodules replaced, with hooks on them, or with other sizes than it had.
+        """Whether the cell runs now as it was written, in the sizes it had, and all of its recurrent parameters train.
 
         Args:
             tensors: the tensors the cell uses for its recurrent parameters, in the order of ``groups.all``.
         """
         cell = self.cell
-        if torch.is_autocast_enabled("cpu") or not _METHODS.isdisjoint(vars(cell)) or _sizes(cell) != self.sizes:
-            return False
-        forwards = [nn.Linear.forward] * 4 + [ExpertBank.forward]
-        modules: list[nn.Module] = [cell.query_token, cell.key_value, cell.control, cell.core, cell.experts]
-        for module, forward in zip(modules, forwards, strict=True):
-            if type(module).forward is not forward or "forward" in vars(module):
-                return False
-        hooked = any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for m in (cell, *modules)
-        )
-        return not hooked and all(t.requires_grad for t in tensors)
+        return _as_written(cell) and _sizes(cell) == self.sizes and all(t.requires_grad for t in tensors)
 
     @torch.no_grad()
     def run(self, xs: Tensor, state: Tensor, tensors: list[Tensor]) -> tuple[FusedSteps, Tensor, Tensor]:

@@ -55,6 +55,30 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[n] - g).norm()) / max(float(g.norm()), scale) for n, g in expected.items())
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_evaluation_gives_the_outputs_of_the_cell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, (x, _) = make_cell(name), problem(11, 3)
+    expected, end = unroll(cell, x, cell.initial_state(3))
+    monkeypatch.setattr("sparse_rtrl.slot_moe_pass._TOGETHER", 3 * 4)  # parts of 4, 4 and 3 steps
+    calls = []
+    run = ops.slot_moe_forward
+    monkeypatch.setattr(ops, "slot_moe_forward", lambda *arguments: calls.append(len(arguments[1])) or run(*arguments))
+    with torch.no_grad():
+        found, state = unroll(cell, x, cell.initial_state(3))
+    evaluation = RTRL(cell, batch_size=3).evaluate()
+    calls_of_unroll, calls[:] = list(calls), []
+    parts = [evaluation(x[0]).unsqueeze(0), evaluation.unroll(x[1:])]
+    assert calls_of_unroll == [4, 4, 3] and calls == [4, 4, 2]
+    for outputs, after in ((found, state), (torch.cat(parts), evaluation.state)):
+        torch.testing.assert_close(outputs, expected.detach(), rtol=0, atol=1e-14)
+        torch.testing.assert_close(after, end.detach(), rtol=0, atol=1e-14)
+    calls.clear()
+    cell.experts.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with torch.no_grad():
+        hooked, _ = unroll(cell, x, cell.initial_state(3))
+    assert not calls and float((hooked - expected).abs().max()) > 1e-2  # a cell that runs other code runs it
+
+
 @pytest.mark.parametrize("commit_every", [1, 7, 64])
 @pytest.mark.parametrize("name", SIZES)
 def test_gradient_is_that_of_bptt(name: str, commit_every: int) -> None:
