@@ -10,49 +10,34 @@ stopped. Memory is the resident set of the process, from its log.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from training_runs import save, train
+
 from sparse_rtrl import runlog
-from sparse_rtrl.environment import describe_environment
 
 SETTLED = 10_000
 """Tokens after which the process may not grow any more."""
 
 
-def train(folder: Path, method: str, seed: int, options: argparse.Namespace) -> None:
-    """Carry out one run, or what is left of it."""
-    command = [sys.executable, "-m", "sparse_rtrl.cli", "train"]
-    if (folder / "results.json").exists():
-        return
-    if (folder / "config.json").exists():
-        command += ["--resume", str(folder)]
-    else:
-        updates = math.ceil(options.tokens / (options.batch * options.segment))
-        settings = {
-            "task": "bytes",
-            "method": method,
-            "seed": seed,
-            "updates": updates,
-            "length": options.segment,
-            "segment": options.segment,
-            "batch-size": options.batch,
-            "slot-size": options.slot_size,
-            "lr": options.learning_rate,
-            "final-lr": options.learning_rate / 10,
-            "log-every": max(1, updates // 400),
-            "runs": folder.parent,
-            "name": folder.name,
-        }
-        command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        command += [] if options.corpus is None else ["--corpus", str(options.corpus)]
-    # Large blocks go back to the system when they are freed: the resident set is what is held, not what malloc keeps.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+def settings_of(method: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
+    """Options of ``sparse-rtrl train`` for one run."""
+    updates = math.ceil(options.tokens / (options.batch * options.segment))
+    settings: dict[str, object] = {
+        "task": "bytes",
+        "method": method,
+        "seed": seed,
+        "updates": updates,
+        "length": options.segment,
+        "segment": options.segment,
+        "batch-size": options.batch,
+        "slot-size": options.slot_size,
+        "lr": options.learning_rate,
+        "final-lr": options.learning_rate / 10,
+        "log-every": max(1, updates // 400),
+    }
+    return settings if options.corpus is None else settings | {"corpus": options.corpus}
 
 
 def mean_bits(rows: list[dict], first: float, last: float) -> float:
@@ -120,7 +105,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for seed in options.seeds:
         for method in options.methods:
             folder = options.runs / f"{method}-{seed}"
-            train(folder, method, seed, options)
+            # Large blocks go back to the system when they are freed: the resident set is what is held, not what malloc
+            # keeps.
+            train(folder, settings_of(method, seed, options), {"MALLOC_MMAP_THRESHOLD_": "65536"})
             runs.append(summarize(folder, method, seed))
             least, most = runs[-1]["memory_least_and_most_since"] or (math.nan, math.nan)
             print(
@@ -130,11 +117,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
                 flush=True,
             )
             if options.out:  # after every run, so that nothing is lost
-                here = Path(__file__).parent
-                commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-                settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-                content = {"machine": describe_environment(), "commit": commit.stdout.strip(), "options": settings}
-                options.out.write_text(json.dumps(content | {"runs": runs}, indent=1) + "\n")
+                save(options.out, options, runs)
     if options.plot:
         plot(runs, options.plot)
     return runs

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from training_runs import accuracy_of, save, train
 
 from sparse_rtrl.checkpoint import load_checkpoint, save_checkpoint
 from sparse_rtrl.contestant import RunConfig, build_method
-from sparse_rtrl.environment import describe_environment
 from sparse_rtrl.evaluation import Accuracy
 from sparse_rtrl.gradient_method import unroll
 from sparse_rtrl.slot_cell import SlotCell
@@ -32,30 +29,6 @@ from sparse_rtrl.tasks import Haystack
 from sparse_rtrl.training import Tally
 
 EVALUATION_SEED = 2**31 + 2**30
-
-
-def train(folder: Path, method: str, seed: int, options: argparse.Namespace) -> None:
-    """Carry out one training with its scores, or what is left of it."""
-    if (folder / "results.json").exists():
-        return
-    command = [sys.executable, "-m", "sparse_rtrl.cli", "train"]
-    if (folder / "config.json").exists():
-        command += ["--resume", str(folder)]
-    else:
-        settings = {
-            "method": method,
-            "seed": seed,
-            "length": options.length,
-            "segment": options.segment,
-            "updates": options.updates,
-            "curriculum-updates": options.curriculum_updates,
-            "eval-sequences": options.sequences,
-            "runs": folder.parent,
-            "name": folder.name,
-        }
-        command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        command += [part for length in options.evaluate_at for part in ("--evaluate-at", str(length))]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
 def trained_cell(folder: Path) -> tuple[SlotCell, RunConfig]:
@@ -103,11 +76,11 @@ def score_long(folder: Path, options: argparse.Namespace) -> dict:
         state, seconds = saved["state"], saved["seconds"]
     began = time.perf_counter() - seconds
 
-    def save(state: Tensor) -> None:
+    def keep(state: Tensor) -> None:
         done = {"stream": stream.state_dict(), "state": state, "seconds": time.perf_counter() - began}
         save_checkpoint(kept, done)
 
-    tally = score(cell, stream, state, save)
+    tally = score(cell, stream, state, keep)
     accuracy = Accuracy(tally.correct, tally.asked, batch)
     found = {"length": options.long_length, "correct": tally.correct, "sequences": batch, "value": accuracy.value}
     found |= {"interval": list(accuracy.interval), "seconds": time.perf_counter() - began}
@@ -137,18 +110,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for seed in options.seeds:
         for method in options.methods:
             folder = options.runs / f"{method}-{seed}"
-            train(folder, method, seed, options)
-            results = json.loads((folder / "results.json").read_text())["accuracy"]
+            settings = {"method": method, "seed": seed, "length": options.length, "segment": options.segment}
+            settings |= {"updates": options.updates, "curriculum-updates": options.curriculum_updates}
+            train(folder, settings | {"eval-sequences": options.sequences, "evaluate-at": options.evaluate_at})
+            results = accuracy_of(folder)
             runs.append({"method": method, "seed": seed, "accuracy": results, "long": score_long(folder, options)})
             told = [f"{accuracy['value']:.1%} at {int(length):,}" for length, accuracy in results.items()]
             told.append(f"{runs[-1]['long']['value']:.1%} at {options.long_length:,}")
             print(f"{method:5} seed {seed}: {', '.join(told)}", flush=True)
             if options.out:  # after every run, so that nothing is lost
-                here = Path(__file__).parent
-                commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-                settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-                content = {"machine": describe_environment(), "commit": commit.stdout.strip(), "options": settings}
-                options.out.write_text(json.dumps(content | {"runs": runs}, indent=1) + "\n")
+                save(options.out, options, runs)
     return runs
 
 

@@ -1,6 +1,7 @@
 """The measuring scripts on tiny problems, so that they cannot rot."""
 
 import argparse
+import json
 import math
 
 import byte_stream
@@ -12,6 +13,7 @@ import diagonal_learning
 import diagonal_update
 import haystack_long
 import pytest
+import recall
 import stack_approximation
 import torch
 import truncation_bias
@@ -133,6 +135,16 @@ def test_break_even_length():
     ]
     assert compare.break_even(rows, "rtrl-64", "bptt", "peak_bytes") == pytest.approx(512)
     assert compare.break_even(rows[:5], "rtrl-64", "bptt", "peak_bytes") is None
+
+
+def test_recall(tmp_path):
+    arguments = ["--methods", "slots-rtrl", "retention-rtrl", "--pairs", "2", "--seeds", "1", "--updates", "2"]
+    arguments += ["--retention-updates", "90", "--batch", "16", "--evaluate-at", "30", "--sequences", "50"]
+    arguments += ["--parallel", "1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "recall.json")]
+    slots, retention = recall.main(arguments)
+    assert [*slots["accuracy"]] == ["30"] and slots["accuracy"]["30"]["sequences"] == 50
+    assert retention["accuracy"]["30"]["value"] > 0.8 > slots["accuracy"]["30"]["value"]
+    assert json.loads((tmp_path / "recall.json").read_text())["runs"] == recall.main(arguments) == [slots, retention]
 
 
 def test_haystack_long(tmp_path):
