@@ -321,7 +321,8 @@ class Influence:
         Args:
             streams: boolean mask ``(B,)``.
         """
-        self.commit()
+        if not bool(streams.all()):
+            self.commit()
         self._pay(self.influenced & ~self.awake & streams.unsqueeze(1))
         self.core[streams, :-1] = 0
         self.experts.view(self.batch_size, self.groups.num_experts, *self.experts.shape[1:])[streams, :, :-1] = 0
@@ -330,6 +331,12 @@ class Influence:
         self.last_update[streams] = self.commits
         if self.tree is not None:
             self.tree.reset(streams)
+        if self.window:  # all streams start anew: nothing that is still to come can need it
+            last = self.window[-1]
+            self._new_window()
+            self.awake.fill_(self.tree is None)
+            if not isinstance(last, StepChain):
+                self._plan_again(_routing(last))
 
     def matrices(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every parameter now, ``(B, H, *shape)``; commits and wakes every sleeper first."""

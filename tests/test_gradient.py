@@ -103,6 +103,23 @@ def test_resets_of_single_streams(segment, commit_every, catch_up):
 
 
 @pytest.mark.parametrize("catch_up", CATCH_UPS)
+@pytest.mark.parametrize(("segment", "commit_every"), [(1, 1), (1, 4), (4, 8)])
+def test_resets_of_all_streams(segment, commit_every, catch_up):
+    steps, batch = 50, 3
+    cell = pattern_cell("random", steps, batch, seed=3)
+    x, c = inputs(steps, batch), cotangents(steps, batch)
+    resets = {t: torch.ones(batch, dtype=torch.bool) for t in (3, 18, 31, 32)}
+    expected = bptt(cell, x, c, resets)
+    learner = RTRL(cell, batch, buffer=7, commit_every=commit_every, catch_up=catch_up)
+    assert worst_error(online(learner, x, c, segment, resets), expected) <= EXACT
+    assert worst_error(bptt(cell, x, c), expected) > 1e-2
+    before = learner._engine.influence.commits
+    assert learner._engine.influence.window
+    learner.reset()  # moves no influence that nobody will ask for
+    assert learner._engine.influence.commits == before and not learner._engine.influence.window
+
+
+@pytest.mark.parametrize("catch_up", CATCH_UPS)
 @pytest.mark.parametrize("commit_every", [1, 5])
 def test_several_optimizer_steps_during_a_sleep(catch_up, commit_every):
     """With a learning rate of zero, the gradients of many optimizer steps add up to that of BPTT."""
