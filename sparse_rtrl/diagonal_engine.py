@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import warnings
 
 import torch
@@ -122,11 +123,10 @@ class DiagonalEngine:
         states = cell.states(EnterSegment.apply(entry, entries, *tensors), values, steps)
         outputs = cell.outputs(rows, states, values)
         self._check_new_state(states)
-        segment = self.influence.capture(cell, projections, [s.detach() for s in states], self.steps)
         if self.influence.is_full:
             self.influence.commit()
         entry.settle()
-        self.influence.record(segment)
+        self.influence.record(projections, values, states, self.steps)
         self.steps += steps
         new = cell.next_state(xs.detach(), states)
         return outputs, new.detach() if isinstance(new, Tensor) else (new[0].detach(), new[1])
@@ -228,8 +228,7 @@ class DiagonalEngine:
         Raises:
             NonFiniteError: naming the parameter that holds NaN or infinity, or else the state.
         """
-        last = states[-1].detach()
-        if bool(torch.isfinite(last.sum())):
+        if cmath.isfinite(states[-1].detach().sum().item()):
             return  # a state that is not finite stays so, up to sums that overflow
         for name, parameter in self.cell.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
