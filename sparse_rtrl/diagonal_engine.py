@@ -129,7 +129,8 @@ class DiagonalEngine:
         self.influence.record(projections, values, states, self.steps)
         self.steps += steps
         new = cell.next_state(xs.detach(), states)
-        return outputs, new.detach() if isinstance(new, Tensor) else (new[0].detach(), new[1])
+        # The caller may use the memory of the inputs again.
+        return outputs, new.detach() if isinstance(new, Tensor) else (new[0].detach(), new[1].clone())
 
     def checked_mask(self, streams: Tensor | None) -> Tensor:
         """A mask of streams ``(B,)`` on the engine's device, see :func:`~sparse_rtrl.engine.checked_mask`."""
