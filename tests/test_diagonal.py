@@ -112,7 +112,7 @@ def along_the_path(cell, parameters, x, c, resets):
 
 
 @pytest.mark.parametrize("commit_every", [1, 3, 16, "auto"])
-@pytest.mark.parametrize("name", ["elstm", "retention, learned decay", "retention, rotated", "lru", "rwkv"])
+@pytest.mark.parametrize("name", ["elstm", "retention, learned decay", "lru", "rwkv"])
 def test_every_step_counts_with_the_parameters_it_was_run_with(name, commit_every):
     """Optimizer steps in place after every step, losses and resets anywhere, one buffer for all inputs."""
     cell, x, c = make_cell(name), inputs(27, 3), cotangents(27, 3, density=0.3)
@@ -135,8 +135,9 @@ def test_every_step_counts_with_the_parameters_it_was_run_with(name, commit_ever
             # Functions of parameters are differentiated where they are now, so these two are left out here.
             if name not in ("lru", "rwkv"):
                 assert worst_error(found, along_the_path(cell, parameters, x, c[t], resets)) <= 1e-12
-                same = along_the_path(cell, parameters[-1:] * (t + 1), x, c[t], resets)
-                checked += worst_error(same, found) > 1e-2
+                if t > 15:  # where the parameters have moved, those of the last step alone give another gradient
+                    same = along_the_path(cell, parameters[-1:] * (t + 1), x, c[t], resets)
+                    checked += worst_error(same, found) > 1e-2
         optimizer.step()
         other.load_state_dict(cell.state_dict())  # in place
         cell.zero_grad(), other.zero_grad()
