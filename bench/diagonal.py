@@ -5,7 +5,7 @@ with batch 1 and 16. Width is the size of input, output and hidden state (LRU), 
 (retention, heads of 32). Every step has a loss; nobody steps an optimizer. Contestants alternate, medians of rounds:
 
 - *forward*: the cell without gradient, one token at a time, and 64 tokens at a time;
-- *tbptt(64)*: 64 tokens forward and backward, the past before them ignored;
+- *tbptt(1)*, *tbptt(64)*: forward and backward over so many tokens, the past before them ignored;
 - *rtrl(1)*, *rtrl(64)*: :class:`sparse_rtrl.RTRL`, the exact gradient after each token, or after each 64;
 - *rtrl(1), no loss*: the same learner on 16 single tokens that no loss is asked for.
 
@@ -40,7 +40,7 @@ from sparse_rtrl.measurement import peak_growth, resident_bytes
 
 WIDTHS, BATCHES, SEGMENT = (128, 512, 2048), (1, 16), 64
 ERROR_BOUND = 1e-3
-CONTESTANTS = ("forward(1)", "forward(64)", "tbptt(64)", "rtrl(1)", "rtrl(1), no loss", "rtrl(64)")
+CONTESTANTS = ("forward(1)", "forward(64)", "tbptt(1)", "tbptt(64)", "rtrl(1)", "rtrl(1), no loss", "rtrl(64)")
 MEMORY = ("influence_bytes", "resident_growth_bytes", "peak_growth_bytes")
 
 
@@ -165,6 +165,7 @@ def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> di
     contestants: dict[str, tuple[int, Callable[[], None]]] = {
         "forward(1)": (4, lambda: run_forward(cell, xs[:4], 1)),
         "forward(64)": (SEGMENT, lambda: run_forward(cell, xs, SEGMENT)),
+        "tbptt(1)": (4, lambda: run_tbptt(cell, xs[:4], weight, 1)),
         "tbptt(64)": (SEGMENT, lambda: run_tbptt(cell, xs, weight, SEGMENT)),
         "rtrl(1)": (4, lambda: run_learner(learner, xs[:4], weight, 1)),
         "rtrl(1), no loss": (16, lambda: run_without_loss(silent, xs[:16])),
@@ -190,6 +191,7 @@ def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> di
             for name, other in (
                 ("rtrl(1)", "forward(1)"),
                 ("rtrl(1), no loss", "forward(1)"),
+                ("rtrl(1)", "tbptt(1)"),
                 ("rtrl(1)", "tbptt(64)"),
                 ("rtrl(64)", "forward(64)"),
                 ("rtrl(64)", "tbptt(64)"),

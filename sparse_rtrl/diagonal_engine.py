@@ -201,7 +201,8 @@ class DiagonalEngine:
                     out.append(None)
                     continue
                 part = gradient if len(parts) == 1 else gradient[:, -1] if place else gradient[:, :-1]
-                out.append((part if is_complex or not part.is_complex() else part.real).reshape(shape))
+                part = part if is_complex or not part.is_complex() else part.real
+                out.append(part if part.shape == shape else part.reshape(shape))
         return out
 
     def _check_parameters(self) -> None:

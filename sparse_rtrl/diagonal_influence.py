@@ -279,7 +279,8 @@ class DiagonalInfluence:
             rows = layout.reduce(delta) if ends is None else layout.reduce(delta) * ends
             self._operations.diagonal_update_(matrix, decay, rows.permute(1, 2, 0).contiguous(), z, carried, query)
             if carried is not None:
-                gradients[number] = layout.unquery(carried.unsqueeze(1))
+                # Not a view, so that autograd may add to it in place.
+                gradients[number] = carried if layout.plain else layout.unquery(carried.unsqueeze(1))
         self._empty_window()
         return gradients
 
