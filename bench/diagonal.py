@@ -5,21 +5,28 @@ with batch 1 and 16. Width is the size of input, output and hidden state (LRU), 
 (retention, heads of 32). Every step has a loss; nobody steps an optimizer. Contestants alternate, medians of rounds:
 
 - *forward*: the cell without gradient, one token at a time, and 64 tokens at a time;
-- *tbptt(64)*: 64 tokens forward and backward, the past before them ignored;
-- *rtrl(1)*, *rtrl(64)*: :class:`sparse_rtrl.RTRL`, the exact gradient after each token, or after each 64.
+- *tbptt(1)*, *tbptt(64)*: forward and backward over so many tokens, the past before them ignored;
+- *rtrl(1)*, *rtrl(64)*: :class:`sparse_rtrl.RTRL`, the exact gradient after each token, or after each 64;
+- *rtrl(1), no loss*: the same learner on 16 single tokens that no loss is asked for.
 
 The gradients of both learners are compared with BPTT, and that of TBPTT(64) shown to differ, before anything is timed.
-Memory: the bytes of the influence matrices, and by how much the resident set grows when a learner is built and takes
-its first step.
+Memory: the bytes of the influence matrices, and by how much the resident set of a process of its own, in which TBPTT
+has run before, has grown and at most grew when a learner was built and took four single steps with a loss. Cases that
+the file holds already are not measured again, so that it can be stopped and started.
 """
 
 import argparse
 import csv
+import ctypes
 import gc
+import itertools
 import json
 import math
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from influence_update import machine, seconds
@@ -29,11 +36,12 @@ from sparse_rtrl import RTRL, ops
 from sparse_rtrl.cells import LRUCell, RetentionCell
 from sparse_rtrl.diagonal_cell import DiagonalCell
 from sparse_rtrl.diagonal_learner import DiagonalRTRL
-from sparse_rtrl.measurement import resident_bytes
+from sparse_rtrl.measurement import peak_growth, resident_bytes
 
 WIDTHS, BATCHES, SEGMENT = (128, 512, 2048), (1, 16), 64
 ERROR_BOUND = 1e-3
-COLUMNS = ("cell", "width", "batch", "forward(1)", "forward(64)", "tbptt(64)", "rtrl(1)", "rtrl(64)")
+CONTESTANTS = ("forward(1)", "forward(64)", "tbptt(1)", "tbptt(64)", "rtrl(1)", "rtrl(1), no loss", "rtrl(64)")
+MEMORY = ("influence_bytes", "resident_growth_bytes", "peak_growth_bytes")
 
 
 def make_cell(kind: str, width: int) -> DiagonalCell:
@@ -104,6 +112,47 @@ def check_gradients(cell: DiagonalCell, batch: int, weight: Tensor) -> dict[str,
     return errors
 
 
+def run_without_loss(learner: DiagonalRTRL, xs: Tensor) -> None:
+    """Take single steps."""
+    for x in xs:
+        learner(x)
+
+
+def memory(kind: str, width: int, batch: int) -> dict[str, int]:
+    """Bytes by which this process has grown, and at most grew, with a learner; it should do nothing else."""
+    xs = torch.randn(4, batch, width)
+    weight = torch.randn(width)
+    rehearsal = make_cell(kind, 8)
+    run_learner(RTRL(rehearsal, batch), xs[:, :, :8], weight[:8], 1)
+    cell = make_cell(kind, width)
+    run_tbptt(cell, xs, weight, 1)  # so that .grad is there
+    learners: list[DiagonalRTRL] = []
+
+    def work() -> None:
+        learners.append(RTRL(cell, batch))
+        run_learner(learners[0], xs, weight, 1)
+
+    trimmed_resident()  # and so peak_growth begins
+    before = trimmed_resident()
+    peak = peak_growth(work)
+    return {"resident_growth_bytes": trimmed_resident() - before, "peak_growth_bytes": peak}
+
+
+def trimmed_resident() -> int:
+    """Resident bytes, after the allocator handed back what is free."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
+    return resident_bytes()
+
+
+def memory_alone(*case: str | int) -> dict[str, int]:
+    """What :func:`memory` finds in a process of its own."""
+    command = [sys.executable, __file__, "--memory", *map(str, case)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> dict:
     """Check, then time all contestants of one case."""
     cell = make_cell(kind, width)
@@ -111,18 +160,15 @@ def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> di
     errors = check_gradients(cell, batch, weight)
     assert max(errors["rtrl(1)"], errors["rtrl(64)"]) < ERROR_BOUND < errors["tbptt(64)"], errors
     assert errors["tbptt(1)"] > ERROR_BOUND
-    gc.collect()
-    before = resident_bytes()
-    learner = RTRL(cell, batch)
+    learner, silent = RTRL(cell, batch), RTRL(cell, batch)
     xs = torch.randn(SEGMENT, batch, width)
-    run_learner(learner, xs[:2], weight, 1)
-    clear(cell)
-    grown = resident_bytes() - before
     contestants: dict[str, tuple[int, Callable[[], None]]] = {
         "forward(1)": (4, lambda: run_forward(cell, xs[:4], 1)),
         "forward(64)": (SEGMENT, lambda: run_forward(cell, xs, SEGMENT)),
+        "tbptt(1)": (4, lambda: run_tbptt(cell, xs[:4], weight, 1)),
         "tbptt(64)": (SEGMENT, lambda: run_tbptt(cell, xs, weight, SEGMENT)),
         "rtrl(1)": (4, lambda: run_learner(learner, xs[:4], weight, 1)),
+        "rtrl(1), no loss": (16, lambda: run_without_loss(silent, xs[:16])),
         "rtrl(64)": (SEGMENT, lambda: run_learner(learner, xs, weight, SEGMENT)),
     }
     repeats = {name: max(1, math.floor(budget / max(seconds(call), 1e-6))) for name, (_, call) in contestants.items()}
@@ -134,6 +180,7 @@ def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> di
     medians = {name: statistics.median(values) for name, values in times.items()}
     recurrent = sum(p.numel() for n, p in cell.named_parameters() if p.requires_grad and not n.startswith("readout."))
     kept = learner._engine.influence.kept_bytes
+    found = memory_alone(kind, width, batch)
     return {
         "cell": kind,
         "width": width,
@@ -143,6 +190,8 @@ def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> di
             f"{name} / {other}": medians[name] / medians[other]
             for name, other in (
                 ("rtrl(1)", "forward(1)"),
+                ("rtrl(1), no loss", "forward(1)"),
+                ("rtrl(1)", "tbptt(1)"),
                 ("rtrl(1)", "tbptt(64)"),
                 ("rtrl(64)", "forward(64)"),
                 ("rtrl(64)", "tbptt(64)"),
@@ -151,9 +200,22 @@ def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> di
         "recurrent_parameters": recurrent,
         "influence_bytes": kept,
         "influence_bytes_over_parameters": kept / (4 * batch * recurrent),
-        "resident_growth_bytes": grown,
+        **found,
+        "resident_growth_over_parameters": found["resident_growth_bytes"] / (4 * batch * recurrent),
         "relative_gradient_error": errors,
+        "machine": machine(),
     }
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """Write what is measured so far as JSON, and the times and bytes as CSV beside it."""
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["cell", "width", "batch", *CONTESTANTS, *MEMORY])
+        for row in rows:
+            times = [row["seconds_per_token"][name] for name in CONTESTANTS]
+            writer.writerow([row["cell"], row["width"], row["batch"], *times, *(row[name] for name in MEMORY)])
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -167,32 +229,31 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument(
         "--budget", type=float, default=0.1, help="seconds for a contestant in a round, at least a call"
     )
-    parser.add_argument("--out", help="JSON file; a CSV file of the times is written beside it")
+    parser.add_argument("--out", type=Path, help="JSON file; a CSV file of the times is written beside it")
+    parser.add_argument("--memory", nargs=3, metavar=("CELL", "WIDTH", "BATCH"), help="print the memory of one case")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    compiled = not ops.compiled_problem
-    print("microseconds per token" + ("" if compiled else f"; no compiled operations: {ops.compiled_problem}"))
-    print(" ".join(f"{name:>11}" for name in (*COLUMNS, "MB of P", "P/params")))
-    rows = []
-    for kind in options.cells:
-        for width in options.widths:
-            for batch in options.batches:
-                row = measure(kind, width, batch, options.rounds, options.budget)
-                rows.append(row)
-                cells = [kind, width, batch, *(f"{row['seconds_per_token'][n] * 1e6:.0f}" for n in COLUMNS[3:])]
-                cells += [f"{row['influence_bytes'] / 1e6:.1f}", f"{row['influence_bytes_over_parameters']:.3f}"]
-                print(" ".join(f"{c:>11}" for c in cells), flush=True)
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump({"machine": machine(), "compiled": compiled, "rows": rows}, file, indent=1)
-            file.write("\n")
-        with open(options.out.removesuffix(".json") + ".csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*COLUMNS, "influence_bytes", "resident_growth_bytes"])
-            for row in rows:
-                times = [row["seconds_per_token"][n] for n in COLUMNS[3:]]
-                memory = [row["influence_bytes"], row["resident_growth_bytes"]]
-                writer.writerow([row["cell"], row["width"], row["batch"], *times, *memory])
+    if options.memory:
+        kind, width, batch = options.memory
+        print(json.dumps(memory(kind, int(width), int(batch))))
+        return []
+    assert not ops.compiled_problem, ops.compiled_problem
+    rows = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
+    done = {(row["cell"], row["width"], row["batch"]) for row in rows}
+    print("microseconds per token")
+    print(
+        " ".join(f"{name:>16}" for name in ("cell", "width", "batch", *CONTESTANTS, "MB of P", "MB grown", "grown/4Bθ"))
+    )
+    for case in itertools.product(options.cells, options.widths, options.batches):
+        if case in done:
+            continue
+        row = measure(*case, options.rounds, options.budget)
+        rows.append(row)
+        cells = [*case, *(f"{row['seconds_per_token'][name] * 1e6:.0f}" for name in CONTESTANTS)]
+        cells += [f"{row[name] / 1e6:.1f}" for name in MEMORY[:2]]
+        print(" ".join(f"{c:>16}" for c in (*cells, f"{row['resident_growth_over_parameters']:.3f}")), flush=True)
+        if options.out:
+            write(rows, options.out)
     return rows
 
 

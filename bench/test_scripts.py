@@ -55,6 +55,8 @@ def test_diagonal_cells(tmp_path):
     for row in diagonal.main(arguments):
         assert min(row["seconds_per_token"].values()) > 0
         assert row["influence_bytes"] == pytest.approx(4 * 2 * row["recurrent_parameters"], rel=0.1)
+        assert row["peak_growth_bytes"] >= row["resident_growth_bytes"]
+    assert len(diagonal.main(arguments)) == 2  # which are there already
     assert len((tmp_path / "d.csv").read_text().splitlines()) == 3
 
 

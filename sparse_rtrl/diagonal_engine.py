@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import warnings
 
 import torch
@@ -122,14 +123,14 @@ class DiagonalEngine:
         states = cell.states(EnterSegment.apply(entry, entries, *tensors), values, steps)
         outputs = cell.outputs(rows, states, values)
         self._check_new_state(states)
-        segment = self.influence.capture(cell, projections, [s.detach() for s in states], self.steps)
         if self.influence.is_full:
             self.influence.commit()
         entry.settle()
-        self.influence.record(segment)
+        self.influence.record(projections, values, states, self.steps)
         self.steps += steps
         new = cell.next_state(xs.detach(), states)
-        return outputs, new.detach() if isinstance(new, Tensor) else (new[0].detach(), new[1])
+        # The caller may use the memory of the inputs again.
+        return outputs, new.detach() if isinstance(new, Tensor) else (new[0].detach(), new[1].clone())
 
     def checked_mask(self, streams: Tensor | None) -> Tensor:
         """A mask of streams ``(B,)`` on the engine's device, see :func:`~sparse_rtrl.engine.checked_mask`."""
@@ -200,7 +201,8 @@ class DiagonalEngine:
                     out.append(None)
                     continue
                 part = gradient if len(parts) == 1 else gradient[:, -1] if place else gradient[:, :-1]
-                out.append((part if is_complex or not part.is_complex() else part.real).reshape(shape))
+                part = part if is_complex or not part.is_complex() else part.real
+                out.append(part if part.shape == shape else part.reshape(shape))
         return out
 
     def _check_parameters(self) -> None:
@@ -228,8 +230,7 @@ class DiagonalEngine:
         Raises:
             NonFiniteError: naming the parameter that holds NaN or infinity, or else the state.
         """
-        last = states[-1].detach()
-        if bool(torch.isfinite(last.sum())):
+        if cmath.isfinite(states[-1].detach().sum().item()):
             return  # a state that is not finite stays so, up to sums that overflow
         for name, parameter in self.cell.named_parameters():
             if not bool(torch.isfinite(parameter).all()):

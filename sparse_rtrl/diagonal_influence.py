@@ -1,7 +1,9 @@
-"""Influence of a diagonal recurrence: captured segments, their commit, and the gradient through the past."""
+"""Influence of a diagonal recurrence: recorded and captured steps, their commit, and the gradient through the past."""
 
 from __future__ import annotations
 
+import cmath
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,26 +17,54 @@ from sparse_rtrl.errors import ContractError
 from sparse_rtrl.influence import check_finite
 from sparse_rtrl.precision import full_precision
 
+MAX_WINDOW = 16
+"""Most steps that a window collects unless it is told otherwise."""
+
+_SMALL_WINDOW = 4 << 20
+"""Bytes that a window may take even where the influence is small."""
+
 
 @dataclass(frozen=True)
-class DiagonalSegment:
-    """The map of one or more consecutive steps, entry by entry.
+class RecordedSteps:
+    """What one or more consecutive steps were run with: enough to differentiate them later.
 
     Attributes:
+        number: number of the first step.
         steps: how many steps ``n``.
-        decay: ``dh_end/dh_entry``, ``(B, *state_shape)``.
-        deltas: per projection ``dh_end/dy_t``, ``(n, B, *state_shape)``; None where nothing is kept.
+        before: state entries before each, ``(n * B, *state_shape)``.
+        values: per projection its value at that time, ``(n * B, *shape)``, or of the shape of a learned one.
+        inputs: per projection what its weight multiplied, ``(n * B, J)``; None without a map, or where nothing is kept.
+        biased: per projection whether it has a bias.
+    """
+
+    number: int
+    steps: int
+    before: Tensor
+    values: list[Tensor]
+    inputs: list[Tensor | None]
+    biased: list[bool]
+
+
+@dataclass(frozen=True)
+class CapturedSteps:
+    """The derivatives of consecutive steps, entry by entry.
+
+    Attributes:
+        decays: ``dh_t/dh_{t-1}`` of every step, ``(n, B, *state_shape)``.
+        deltas: per projection ``dh_t/dy_t``, of the same shape; None where nothing is kept.
         zs: per projection what multiplies its weight and bias, ``(B, n, J)``; None where nothing is kept.
     """
 
-    steps: int
-    decay: Tensor
+    decays: Tensor
     deltas: list[Tensor | None]
     zs: list[Tensor | None]
 
 
 class DiagonalInfluence:
     """Storage and movement of the influence of a diagonal cell's projections on its state.
+
+    Steps are recorded as they are run, with copies of what may change afterwards. Their derivatives are taken together,
+    in one pass, when a loss or a commit needs them.
 
     Args:
         cell: the cell.
@@ -55,6 +85,8 @@ class DiagonalInfluence:
         like = cell.initial_entries(1)
         real = like.dtype.to_real() if like.is_complex() else like.dtype
         self._operations = ops.select(backend, like.device, real)
+        self.cell = cell
+        self.batch_size = batch_size
         self.layouts = layouts
         self.matrices: list[Tensor | None] = [
             None if layout is None else like.new_zeros(batch_size, layout.rows[0] * layout.rows[1], count)
@@ -63,8 +95,15 @@ class DiagonalInfluence:
         """Per projection ``P (B, R, J)``, the rows as :meth:`Layout.reduce` orders them."""
         self.commit_every = 1
         """Steps that the window may collect."""
-        self.window: list[DiagonalSegment] = []
+        self.commit_at_loss = False
+        """Whether a loss of the newest segment commits the window, full or not."""
+        self.window: list[int] = []
+        """Steps of each segment of the window."""
         self.window_key: object = object()
+        self._captured: CapturedSteps | None = None
+        """The first steps of the window."""
+        self._recorded: list[RecordedSteps] = []
+        """Those after them."""
 
     def add(self, number: int, layout: Layout, columns: int) -> None:
         """Keep the influence of one more projection from now on, starting at zero."""
@@ -83,56 +122,110 @@ class DiagonalInfluence:
         """Bytes of all influence matrices."""
         return sum(matrix.numel() * matrix.element_size() for matrix in self.matrices if matrix is not None)
 
-    @full_precision
-    def capture(
-        self, cell: DiagonalCell, projections: tuple[Projection, ...], states: list[Tensor], number: int
-    ) -> DiagonalSegment:
-        """Capture the steps between the given states, all together. Changes nothing.
+    @property
+    def is_full(self) -> bool:
+        """Whether the window holds as many steps as it may."""
+        return sum(self.window) >= self.commit_every
+
+    def suggested_window(self) -> int:
+        """Steps to collect in a window: as many as :data:`MAX_WINDOW` in little memory beside the influence."""
+        like = self.cell.initial_entries(1)
+        # The state, its derivative, and the values and theirs, once more while they are taken and joined.
+        per_step = 4 * (1 + sum(self.kept)) * self.batch_size * like.numel() * like.element_size()
+        return min(MAX_WINDOW, max(1, max(_SMALL_WINDOW, self.kept_bytes // 8) // per_step))
+
+    def record(
+        self, projections: tuple[Projection, ...], values: list[Tensor], states: list[Tensor], number: int
+    ) -> None:
+        """Add the steps between some states to the window, as a segment.
 
         Args:
-            cell: the cell.
             projections: of the ``n * B`` rows of the steps.
+            values: their values.
             states: entries before the first and after each step, ``(B, *state_shape)``.
             number: number of the first step, for messages.
+        """
+        steps = len(states) - 1
+        copies: dict[int, Tensor] = {}
+        inputs: list[Tensor | None] = []
+        for projection, matrix in zip(projections, self.matrices, strict=True):
+            if matrix is None or not isinstance(projection, Mapped):
+                inputs.append(None)
+                continue
+            x = projection.x
+            if id(x) not in copies:  # often a view of what the caller passed, who may use that memory again
+                copies[id(x)] = x.detach().to(_real(matrix), copy=True)
+            inputs.append(copies[id(x)])
+        # A map makes a new tensor; other values may be parameters or inputs themselves, which change in place.
+        kept = [
+            value.detach() if isinstance(projection, Mapped) else value.detach().clone()
+            for projection, value in zip(projections, values, strict=True)
+        ]
+        before = states[0].detach() if steps == 1 else torch.cat(states[:-1]).detach()
+        biased = [isinstance(projection, Mapped) and projection.bias is not None for projection in projections]
+        self._recorded.append(RecordedSteps(number, steps, before, kept, inputs, biased))
+        self.window.append(steps)
+
+    @full_precision
+    def _capture(self) -> CapturedSteps:
+        """The derivatives of all steps of the window; those that are only recorded are captured together.
 
         Raises:
-            NonFiniteError: if a derivative holds NaN or infinity.
-            ContractError: if a derivative varies where :func:`find_layouts` saw that it does not.
+            NonFiniteError: if a derivative holds NaN or infinity; nothing is changed then.
+            ContractError: if a derivative varies where :func:`find_layouts` saw that it does not; the same.
         """
-        steps, batch = len(states) - 1, states[0].shape[0]
-        before = states[0] if steps == 1 else torch.cat(states[:-1])
-        decays, by_value = derivatives(cell, before.detach(), projections, self.kept)
-        totals = [decays.sum(), *(d.sum() for d in by_value if d is not None)]
-        if not bool(torch.isfinite(torch.stack(totals).sum().abs())):
-            values = {"the state Jacobian": decays}
-            values |= {f"the derivative by value {i} of project": d for i, d in enumerate(by_value) if d is not None}
-            check_finite(number, {name: v.unflatten(0, (steps, batch)).transpose(0, 1) for name, v in values.items()})
-        self._check_layouts(decays, by_value)
-        decays = decays.reshape(steps, batch, *decays.shape[1:])
-        deltas = [None if d is None else d.reshape(decays.shape) for d in by_value]
-        decay, deltas = _to_the_end(decays, deltas)
-        return DiagonalSegment(steps, decay, deltas, self._inputs(projections, steps, batch))
+        if self._recorded:
+            recorded, dims = self._recorded, len(self.cell.state_shape)
+            before = _joined([part.before for part in recorded])
+            values = []
+            for parts in zip(*(part.values for part in recorded), strict=True):
+                if len(parts) > 1 and parts[0].dim() == dims:  # the same for all rows of a part, not of all parts
+                    parts = tuple(v.expand(len(p.before), *v.shape) for v, p in zip(parts, recorded, strict=True))
+                values.append(_joined(parts))
+            decays, by_value = derivatives(self.cell, before, values, self.kept)
+            self._check_derivatives(decays, by_value)
+            decays = decays.view(-1, self.batch_size, *decays.shape[1:])
+            deltas = [None if d is None else d.view(decays.shape) for d in by_value]
+            new = CapturedSteps(decays, deltas, self._inputs())
+            self._captured = new if self._captured is None else _appended(self._captured, new)
+            self._recorded = []
+        assert self._captured is not None
+        return self._captured
 
-    def _inputs(self, projections: tuple[Projection, ...], steps: int, batch: int) -> list[Tensor | None]:
-        """What multiplies each projection's weight and bias, ``(B, n, J)``; those of one input are made once."""
-        known: dict[tuple[int, bool], Tensor] = {}
+    def _inputs(self) -> list[Tensor | None]:
+        """What multiplied each projection's weight and bias in the recorded steps, ``(B, n, J)``.
+
+        Those of one input are made once.
+        """
+        recorded = self._recorded
+        steps = sum(part.steps for part in recorded)
+        known: dict[tuple[object, ...], Tensor] = {}
         out: list[Tensor | None] = []
-        for projection, matrix in zip(projections, self.matrices, strict=True):
+        by_projection = zip(*(part.inputs for part in recorded), strict=True)
+        for matrix, biased, parts in zip(self.matrices, recorded[0].biased, by_projection, strict=True):
             if matrix is None:
                 out.append(None)
                 continue
-            dtype = matrix.dtype.to_real() if matrix.is_complex() else matrix.dtype
-            if not isinstance(projection, Mapped):
-                out.append(matrix.new_ones(batch, steps, 1, dtype=dtype))
-                continue
-            key = id(projection.x), projection.bias is None
+            rows = [part for part in parts if part is not None]
+            key = (biased, *map(id, rows))
             if key not in known:
-                x = projection.x.detach().to(dtype)
-                if projection.bias is not None:
-                    x = torch.cat((x, x.new_ones(x.shape[0], 1)), dim=1)
-                known[key] = x.reshape(steps, batch, -1).transpose(0, 1).contiguous()
+                if rows:
+                    x = _joined(rows)
+                    x = torch.cat((x, x.new_ones(x.shape[0], 1)), dim=1) if biased else x
+                    known[key] = x.view(steps, self.batch_size, -1).transpose(0, 1).contiguous()
+                else:  # a learned value
+                    known[key] = matrix.new_ones(self.batch_size, steps, 1, dtype=_real(matrix))
             out.append(known[key])
         return out
+
+    def _check_derivatives(self, decays: Tensor, by_value: list[Tensor | None]) -> None:
+        named = {"the state Jacobian": decays}
+        named |= {f"the derivative by value {i} of project": d for i, d in enumerate(by_value) if d is not None}
+        if not cmath.isfinite(torch.stack([d.sum() for d in named.values()]).sum().item()):
+            numbers = [part.number + step for part in self._recorded for step in range(part.steps)]
+            for number, *rows in zip(numbers, *(d.split(self.batch_size) for d in named.values()), strict=True):
+                check_finite(number, dict(zip(named, rows, strict=True)))
+        self._check_layouts(decays, by_value)
 
     def _check_layouts(self, decays: Tensor, by_value: list[Tensor | None]) -> None:
         errors = []
@@ -152,28 +245,24 @@ class DiagonalInfluence:
                 ]
             )
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the window holds as many steps as it may."""
-        return sum(segment.steps for segment in self.window) >= self.commit_every
-
-    def record(self, segment: DiagonalSegment) -> None:
-        """Add a captured segment to the window."""
-        self.window.append(segment)
-
     def commit(self) -> None:
-        """Move the influence through the window, ``P <- decay ⊙ P + F``, and empty it."""
-        self._commit(None)
+        """Move the influence through the window, ``P <- decay ⊙ P + F``, and empty it.
+
+        Raises:
+            NonFiniteError: if a derivative of a step of the window holds NaN or infinity; nothing is changed then.
+            ContractError: if one varies where it did not when the cell was looked at; nothing is changed then.
+        """
+        if self.window:
+            self._commit(None)
 
     @full_precision
     def _commit(self, u: Tensor | None) -> list[Tensor | None]:
         """Commit; with ``u``, the gradient through the influence as it was before, taken in the same pass."""
         gradients: list[Tensor | None] = [None] * len(self.matrices)
-        if not self.window:
-            return gradients
-        decay, deltas, zs = self._joined()
-        decays: dict[Layout, Tensor] = {}
-        for number, (layout, matrix, delta, z) in enumerate(zip(self.layouts, self.matrices, deltas, zs, strict=True)):
+        steps = self._capture()
+        products: dict[Layout, tuple[Tensor, Tensor | None]] = {}
+        of_projections = zip(self.layouts, self.matrices, steps.deltas, steps.zs, strict=True)
+        for number, (layout, matrix, delta, z) in enumerate(of_projections):
             if layout is None or matrix is None or delta is None or z is None:
                 continue
             carried = query = None
@@ -183,32 +272,21 @@ class DiagonalInfluence:
                     query = layout.query(u).flatten(1).contiguous()
                 else:
                     gradients[number] = self._carried(layout, matrix, u)
-            if layout not in decays:
-                decays[layout] = layout.reduce(decay).contiguous()
-            rows = layout.reduce(delta).permute(1, 2, 0).contiguous()
-            self._operations.diagonal_update_(matrix, decays[layout], rows, z, carried, query)
+            if layout not in products:
+                decay, ends = _products(layout.reduce(steps.decays))
+                products[layout] = decay.contiguous(), ends
+            decay, ends = products[layout]
+            rows = layout.reduce(delta) if ends is None else layout.reduce(delta) * ends
+            self._operations.diagonal_update_(matrix, decay, rows.permute(1, 2, 0).contiguous(), z, carried, query)
             if carried is not None:
-                gradients[number] = layout.unquery(carried.unsqueeze(1))
-        self.window = []
-        self.window_key = object()
+                # Not a view, so that autograd may add to it in place.
+                gradients[number] = carried if layout.plain else layout.unquery(carried.unsqueeze(1))
+        self._empty_window()
         return gradients
 
-    def _joined(self) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """The segments of the window as one."""
-        if len(self.window) == 1:
-            only = self.window[0]
-            return only.decay, only.deltas, only.zs
-        after = torch.stack([segment.decay for segment in self.window])
-        decay, ends = _products(after)
-        deltas: list[Tensor | None] = []
-        for parts in zip(*(segment.deltas for segment in self.window), strict=True):
-            some = [part * end for part, end in zip(parts, ends, strict=True) if part is not None]
-            deltas.append(torch.cat(some) if some else None)
-        zs = []
-        for inputs in zip(*(segment.zs for segment in self.window), strict=True):
-            present = [z for z in inputs if z is not None]
-            zs.append(torch.cat(present, 1) if present else None)
-        return decay, deltas, zs
+    def _empty_window(self) -> None:
+        self.window, self._captured, self._recorded = [], None, []
+        self.window_key = object()
 
     def carried(self, u: Tensor) -> list[Tensor | None]:
         """Gradient ``u · P`` of every projection, ``(M, J)``, for ``u (B, *state_shape)``."""
@@ -243,48 +321,74 @@ class DiagonalInfluence:
         """
         check_finite(number, {"the gradient by the state": u})
         u = u.resolve_conj()
-        if position == 0:
-            if self.is_full and len(self.window) == 1:
-                return self._commit(u)  # nothing that is still to come can need the influence as it is now
-            return self.carried(u)
-        by_value: list[list[Tensor]] = [[] for _ in self.layouts]
-        inputs: list[list[Tensor]] = [[] for _ in self.layouts]
-        for segment in reversed(self.window[:position]):
-            for i, (layout, delta, z) in enumerate(zip(self.layouts, segment.deltas, segment.zs, strict=True)):
-                if layout is not None and delta is not None and z is not None:
-                    by_value[i].append(layout.by_value(u * delta.conj()).flatten(0, 1))
-                    inputs[i].append(z.transpose(0, 1).flatten(0, 1))
-            u = u * segment.decay.conj()
+        before = sum(self.window[:position])
+        direct: list[Tensor | None] = [None] * len(self.layouts)
+        if before:
+            direct, u = self._through(before, u)
+        newest = position == len(self.window) - 1
+        if newest and (self.commit_at_loss or (self.is_full and position == 0)):
+            past = self._commit(u)  # nothing that is still to come needs the influence as it is now
+        else:
+            past = self.carried(u)
+        return [p if p is None or d is None else p + d for p, d in zip(past, direct, strict=True)]
+
+    def _through(self, count: int, u: Tensor) -> tuple[list[Tensor | None], Tensor]:
+        """Take a gradient back through the first steps of the window.
+
+        Args:
+            count: how many.
+            u: gradient of the loss by the entries after them, ``(B, *state_shape)``.
+
+        Returns:
+            The gradient of each projection in these steps, ``(M, J)``, and that by the entries before them.
+        """
+        steps = self._capture()
+        decay, ends = _products(steps.decays[:count])
+        after = u if ends is None else u * ends.conj()
         out: list[Tensor | None] = []
-        for layout, matrix, rows, zs in zip(self.layouts, self.matrices, by_value, inputs, strict=True):
-            if layout is None or matrix is None:
+        for layout, delta, z in zip(self.layouts, steps.deltas, steps.zs, strict=True):
+            if layout is None or delta is None or z is None:
                 out.append(None)
                 continue
-            direct = torch.cat(rows).t() @ torch.cat(zs).to(matrix.dtype)
-            out.append(direct + self._carried(layout, matrix, u))
-        return out
+            rows = layout.by_value(after * delta[:count].conj()).flatten(0, 1)
+            out.append(rows.t() @ z[:, :count].transpose(0, 1).flatten(0, 1).to(rows.dtype))
+        return out, u * decay.conj()
 
-    def reset(self, streams: Tensor) -> None:
-        """Commit, then forget the past of the streams in ``streams (B,)`` bool."""
-        self.commit()
-        self.window_key = object()
+    def reset(self, streams: Tensor | None = None) -> None:
+        """Forget the past of streams.
+
+        The window is committed for the others; of all streams it is forgotten too, whatever it holds.
+
+        Args:
+            streams: mask ``(B,)`` bool; None for all.
+        """
+        if streams is None:
+            self._empty_window()
+        else:
+            self.commit()
+            self.window_key = object()
         for matrix in self.matrices:
             if matrix is not None:
-                matrix[streams] = 0
+                matrix[slice(None) if streams is None else streams] = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The influence matrices and the window; nothing is committed."""
+        """The influence matrices and the window; nothing is captured or committed."""
         return {
+            "version": 2,
             "matrices": [None if matrix is None else matrix.clone() for matrix in self.matrices],
-            "window": [vars(segment) for segment in self.window],
+            "window": list(self.window),
+            "captured": None if self._captured is None else vars(self._captured),
+            "recorded": [vars(part) for part in self._recorded],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if it is of another cell or batch size; nothing is changed then.
+            ValueError: if it is of another version, cell or batch size; nothing is changed then.
         """
+        if state.get("version") != 2:
+            raise ValueError(f"influence of a diagonal cell must be of version 2, got {state.get('version')!r}")
         saved = [None if m is None else tuple(m.shape) for m in state["matrices"]]
         own = [None if m is None else tuple(m.shape) for m in self.matrices]
         if saved != own:
@@ -292,8 +396,10 @@ class DiagonalInfluence:
         for matrix, stored in zip(self.matrices, state["matrices"], strict=True):
             if matrix is not None:
                 matrix.copy_(stored)
-        self.window = [DiagonalSegment(**segment) for segment in state["window"]]
-        self.window_key = object()
+        self._empty_window()
+        self.window = list(state["window"])
+        self._captured = None if state["captured"] is None else CapturedSteps(**state["captured"])
+        self._recorded = [RecordedSteps(**part) for part in state["recorded"]]
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """Frobenius norms of the stored influence, ``(B,)``, and those of the experts, of which there are none."""
@@ -312,15 +418,31 @@ class DiagonalInfluence:
         return len(over), float(norms.max())
 
 
-def _products(decays: Tensor) -> tuple[Tensor, Tensor]:
-    """Product of ``decays (n, ...)``, and for each the product of those after it."""
+def _products(decays: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Product of ``decays (n, ...)``, and for each the product of those after it; None for a single one."""
+    if len(decays) == 1:
+        return decays[0], None
     products = decays.flip(0).cumprod(0).flip(0)
     return products[0], torch.cat((products[1:], torch.ones_like(products[:1])))
 
 
-def _to_the_end(decays: Tensor, deltas: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-    """Take derivatives of each step's state to the last one's: ``δ_t <- a_n ... a_{t+1} δ_t``."""
-    if decays.shape[0] == 1:
-        return decays[0], deltas
-    decay, ends = _products(decays)
-    return decay, [None if delta is None else delta * ends for delta in deltas]
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of several parts below each other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _appended(first: CapturedSteps, then: CapturedSteps) -> CapturedSteps:
+    """The derivatives of steps and of those that follow them."""
+
+    def joined(first: Tensor | None, then: Tensor | None, dim: int) -> Tensor | None:
+        return None if first is None or then is None else torch.cat((first, then), dim)
+
+    return CapturedSteps(
+        torch.cat((first.decays, then.decays)),
+        [joined(a, b, 0) for a, b in zip(first.deltas, then.deltas, strict=True)],
+        [joined(a, b, 1) for a, b in zip(first.zs, then.zs, strict=True)],
+    )
+
+
+def _real(matrix: Tensor) -> torch.dtype:
+    return matrix.dtype.to_real() if matrix.is_complex() else matrix.dtype

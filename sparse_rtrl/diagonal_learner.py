@@ -22,8 +22,10 @@ class DiagonalRTRL(RTRL):
     Args:
         cell: the cell to train.
         batch_size: streams ``B``.
-        commit_every: steps between two updates of the influence. With 1, which ``"auto"`` takes, or a segment of that
-            length, the update and the gradient through the past read the influence once together.
+        commit_every: steps between two updates of the influence; their derivatives are taken together. The gradient is
+            exact whatever it is. With ``"auto"`` a loss of the newest segment updates the influence as well, in the
+            pass that takes the gradient through the past; without losses up to 16 steps are collected, fewer where
+            they would take memory. A number is the length of the window, in which losses may come in any order.
         backend: what computes: see :func:`sparse_rtrl.ops.select`.
 
     Raises:
@@ -50,6 +52,7 @@ class DiagonalRTRL(RTRL):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
         self._engine = DiagonalEngine(cell, batch_size, backend)
         self.commit_every = commit_every
+        self._window = self._engine.influence.suggested_window()
         self._routings = []
         self._fixed = None
         self._state: State = _detached(cell.initial_state(batch_size))  # type: ignore[assignment]
@@ -94,7 +97,8 @@ class DiagonalRTRL(RTRL):
         check_learning_input(xs, engine)
         if xs.shape[2:] != (self.cell.input_size,):
             raise ValueError(f"x must have shape (B, {self.cell.input_size}), got {tuple(xs.shape[1:])}")
-        engine.influence.commit_every = 1 if self.commit_every == "auto" else self.commit_every
+        engine.influence.commit_at_loss = self.commit_every == "auto"
+        engine.influence.commit_every = self._window if self.commit_every == "auto" else self.commit_every
         outputs, self._state = engine.run(xs, self._state)
         return outputs
 
@@ -115,7 +119,7 @@ class DiagonalRTRL(RTRL):
         """
         engine = self._engine
         mask = engine.checked_mask(streams)
-        engine.influence.reset(mask)
+        engine.influence.reset(None if streams is None else mask)
         initial = _detached(engine.cell.initial_state(engine.batch_size))
         self._state = _map(
             lambda new, old: torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old), initial, self._state

@@ -183,7 +183,7 @@ class PerLayerApproximation:
         """
         mask = self._engines[0].checked_mask(streams)
         for engine in self._engines:
-            engine.influence.reset(mask)
+            engine.influence.reset(None if streams is None else mask)
         initial = self.stack.initial_state(self._engines[0].batch_size)
         self._state = pytree.tree_map(
             lambda new, old: torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new.detach(), old), initial, self._state

@@ -132,7 +132,7 @@ class Layout:
 
 
 def derivatives(
-    cell: DiagonalCell, before: Tensor, projections: tuple[Projection, ...], wanted: list[bool]
+    cell: DiagonalCell, before: Tensor, values: list[Tensor], wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Diagonals of the Jacobians of one step: of every new state entry by the old one and by the values at its place.
 
@@ -141,8 +141,8 @@ def derivatives(
 
     Args:
         cell: the cell.
-        before: state entries before the step, ``(N, *state_shape)``.
-        projections: of the ``N`` rows.
+        before: state entries before the step, ``(N, *state_shape)``, detached.
+        values: those of the projections, broadcastable to them, detached.
         wanted: for which of them the derivative is asked.
 
     Returns:
@@ -150,15 +150,12 @@ def derivatives(
     """
     with torch.enable_grad():
         h = before.detach().requires_grad_()
-        values, leaves = [], []
-        for projection, want in zip(projections, wanted, strict=True):
-            value = projection.value.detach()
-            if want:
-                value = value.expand(before.shape).requires_grad_()
-                leaves.append(value)
-            values.append(value)
-        new = cell.step(h, *values)
-        found = diagonals(new, [h, *leaves])
+        values = [
+            value.detach().expand(before.shape).requires_grad_() if want else value
+            for value, want in zip(values, wanted, strict=True)
+        ]
+        leaves = [value for value, want in zip(values, wanted, strict=True) if want]
+        found = diagonals(cell.step(h, *values), [h, *leaves])
     by_leaf = iter(found[1:])
     return found[0], [next(by_leaf) if want else None for want in wanted]
 

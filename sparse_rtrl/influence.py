@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
@@ -615,7 +616,7 @@ def check_finite(step: int, values: dict[str, Tensor]) -> None:
         NonFiniteError: for the first of them, with its streams.
     """
     for name, value in values.items():
-        if bool(torch.isfinite(value.detach().sum())):
+        if cmath.isfinite(value.detach().sum().item()):
             continue  # unlike a mask of every number, a sum costs one pass; it is only too strict where it overflows
         bad = ~torch.isfinite(value.detach()).flatten(1).all(1)
         if bool(bad.any()):

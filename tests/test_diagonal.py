@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diagonal_oracle import CELLS, bptt, gradients_of, inputs, make_cell, online
+from diagonal_oracle import CELLS, bptt, gradients_of, inputs, make_cell, online, where
 from oracle import cotangents, worst_error
 
 import sparse_rtrl
@@ -25,6 +25,7 @@ from sparse_rtrl import (
     RetentionCell,
     RWKVCell,
     check_cell,
+    diagonal_influence,
     estimate,
 )
 from sparse_rtrl.diagonal_influence import DiagonalInfluence
@@ -33,7 +34,9 @@ RESETS = {8: torch.tensor([True, False, False]), 14: torch.tensor([False, True, 
 
 
 @pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize(("segments", "commit_every"), [([1], 1), ([1], 3), ([4, 1, 2], 1), ([2, 3], 4)])
+@pytest.mark.parametrize(
+    ("segments", "commit_every"), [([1], 1), ([1], 3), ([1], "auto"), ([4, 1, 2], "auto"), ([2, 3], 4)]
+)
 def test_gradient_is_that_of_bptt(name, segments, commit_every):
     cell, x, c = make_cell(name), inputs(19, 3), cotangents(19, 3)
     expected = bptt(cell, x, c, RESETS)
@@ -55,19 +58,19 @@ def test_wrong_variants_are_seen(name, monkeypatch):
     cell, x, c = make_cell(name), inputs(19, 3), cotangents(19, 3)
     expected = bptt(cell, x, c, RESETS)
     unreset = RTRL(cell, 3)
-    monkeypatch.setattr(DiagonalInfluence, "reset", lambda self, streams: self.commit())
+    monkeypatch.setattr(DiagonalInfluence, "reset", lambda self, streams=None: self.commit())
     if name != "rwkv":  # whose initial state, an exponent below every key, forgets by itself
         assert worst_error(online(unreset, x, c, [1], RESETS), expected) > 1e-2
     monkeypatch.undo()
 
-    capture = DiagonalInfluence.capture
+    capture = DiagonalInfluence._capture
 
-    def without_decay(self, *arguments):
-        segment = capture(self, *arguments)
-        return replace(segment, decay=torch.ones_like(segment.decay))
+    def without_decay(self):
+        steps = capture(self)
+        return replace(steps, decays=torch.ones_like(steps.decays))
 
     if name != "linear attention":  # which has none
-        monkeypatch.setattr(DiagonalInfluence, "capture", without_decay)
+        monkeypatch.setattr(DiagonalInfluence, "_capture", without_decay)
         assert worst_error(online(RTRL(cell, 3), x, c, [1], RESETS), expected) > 1e-2
 
 
@@ -90,6 +93,110 @@ def test_influence_is_the_jacobian_of_the_state(name):
                 (expected,) = torch.autograd.grad(part[place], tensor, retain_graph=True)
                 torch.testing.assert_close(own[place], expected, rtol=1e-10, atol=1e-12)
         assert bool(influence.abs().max() > 0)
+
+
+def along_the_path(cell, parameters, x, c, resets):
+    """Gradient of the loss at the last step, every step with parameters of its own, added up over the steps."""
+    state, leaves = cell.initial_state(x.shape[1]), []
+    for step, values in enumerate(parameters):
+        if step in resets:
+            state = where(resets[step], cell.initial_state(x.shape[1]), state)
+        leaves.append({n: p.clone().requires_grad_(cell.get_parameter(n).requires_grad) for n, p in values.items()})
+        output, state = torch.func.functional_call(cell, leaves[-1], (x[step], state))
+    (output * c).sum().backward()
+    return {
+        n: sum(torch.zeros_like(p) if own[n].grad is None else own[n].grad for own in leaves)
+        for n, p in cell.named_parameters()
+        if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("commit_every", [1, 3, 16, "auto"])
+@pytest.mark.parametrize("name", ["elstm", "retention, learned decay", "lru", "rwkv"])
+def test_every_step_counts_with_the_parameters_it_was_run_with(name, commit_every):
+    """Optimizer steps in place after every step, losses and resets anywhere, one buffer for all inputs."""
+    cell, x, c = make_cell(name), inputs(27, 3), cotangents(27, 3, density=0.3)
+    resets = {5: torch.tensor([True, False, False]), 12: torch.tensor([False, True, True])}
+    other = make_cell(name)
+    learners = RTRL(cell, 3, commit_every=commit_every), RTRL(other, 3, commit_every=1)
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.02, momentum=0.9)
+    buffer, parameters, checked = torch.empty_like(x[0]), [], 0
+    for t in range(27):
+        parameters.append({n: p.detach().clone() for n, p in cell.named_parameters()})
+        for learner, x_t in zip(learners, (buffer.copy_(x[t]), x[t]), strict=True):
+            if t in resets:
+                learner.reset(resets[t])
+            output = learner(x_t)
+            if bool(c[t].any()):
+                (output * c[t]).sum().backward()
+        if bool(c[t].any()):
+            found = gradients_of(cell)
+            assert worst_error(found, gradients_of(other)) <= 1e-12
+            # Functions of parameters are differentiated where they are now, so these two are left out here.
+            if name not in ("lru", "rwkv"):
+                assert worst_error(found, along_the_path(cell, parameters, x, c[t], resets)) <= 1e-12
+                if t > 15:  # where the parameters have moved, those of the last step alone give another gradient
+                    same = along_the_path(cell, parameters[-1:] * (t + 1), x, c[t], resets)
+                    checked += worst_error(same, found) > 1e-2
+        optimizer.step()
+        other.load_state_dict(cell.state_dict())  # in place
+        cell.zero_grad(), other.zero_grad()
+    assert checked or name in ("lru", "rwkv")
+
+
+@pytest.mark.parametrize("order", [[6, 5, 2], [2, 5, 6]])
+def test_losses_in_any_order_within_a_window(order):
+    cell, x, c = make_cell("lru"), inputs(9, 2), cotangents(9, 2, density=1.0)
+    c[[t for t in range(9) if t not in order]] = 0
+    expected = bptt(cell, x, c)
+    for commit_every in (9, "auto"):
+        learner = RTRL(cell, 2, commit_every=commit_every)
+        outputs = [learner(x_t) for x_t in x]
+        for t in order:
+            (outputs[t] * c[t]).sum().backward()
+        assert worst_error(gradients_of(cell), expected) <= 1e-12
+        cell.zero_grad()
+
+
+def test_steps_that_no_loss_needs_are_captured_together(monkeypatch):
+    cell, x = make_cell("lru"), inputs(40, 2)
+    learner, captured = RTRL(cell, 2), []
+    derivatives = diagonal_influence.derivatives
+    monkeypatch.setattr(
+        diagonal_influence, "derivatives", lambda cell, h, *rest: captured.append(len(h)) or derivatives(cell, h, *rest)
+    )
+    for x_t in x:
+        learner(x_t)
+    assert captured == [32, 32] and learner._engine.influence.window == [1] * 8
+    learner.reset()
+    assert captured == [32, 32] and learner._engine.influence.window == []
+    for x_t in x[:3]:
+        output = learner(x_t)
+    output.sum().backward()
+    assert captured[2:] == [6] and learner._engine.influence.window == []
+    wide = RTRL(RetentionCell(4, 8, 128, 4), 16)._engine.influence
+    assert wide.suggested_window() == 1  # a state much larger than the influence
+
+
+def test_a_derivative_that_is_not_finite_is_named_with_its_step():
+    cell = Custom(
+        lambda self, h, y, s: s * h + torch.sqrt(y.abs()),
+        lambda self, x: (Mapped(x, self.linear.weight, (4,)), Learned(self.scale)),
+    ).double()
+    x = inputs(5, 2)
+    x[2, 1] = 0
+    learner = RTRL(cell, 2)
+    output = [learner(x_t) for x_t in x][-1]
+    before = learner.state.clone()
+    with pytest.raises(NonFiniteError, match=r"step 2: .* in the derivative by value 0 of project, streams \[1\]"):
+        output.sum().backward()
+    influence = learner._engine.influence
+    assert influence.window == [1] * 5 and not any(bool(m.any()) for m in influence.matrices)
+    assert torch.equal(learner.state, before)
+    with pytest.raises(NonFiniteError, match="step 2"):
+        learner.reset(torch.tensor([True, False]))
+    learner.reset()
+    (learner(x[0]) * 2).sum().backward()
 
 
 class Eigenvalue(LRUCell):
@@ -148,16 +255,19 @@ def test_the_element_wise_lstm_at_the_sizes_of_its_paper_code():
 
 
 @pytest.mark.parametrize("name", ["lru", "retention", "rwkv"])
-@pytest.mark.parametrize("commit_every", [1, 3])
+@pytest.mark.parametrize("commit_every", [1, 3, "auto"])
 def test_resuming_is_bit_for_bit(name, commit_every, tmp_path):
     cell, x, c = make_cell(name), inputs(19, 3), cotangents(19, 3)
-    learner = RTRL(cell, 3, commit_every=commit_every)
-    online(learner, x[:7], c[:7], [2, 1])
+    c[5:7] = 0
+    learner, unsaved = (RTRL(cell, 3, commit_every=commit_every) for _ in range(2))
+    for each in (learner, unsaved):
+        online(each, x[:7], c[:7], [2, 1])
+    assert bool(learner._engine.influence._recorded)  # steps that are not captured yet
     torch.save(learner.state_dict(), tmp_path / "learner.pt")
     other = RTRL(copy.deepcopy(cell), 3)
     other.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
-    found = [online(each, x[7:], c[7:], [1, 2], {4: RESETS[8]}) for each in (learner, other)]
-    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    found = [online(each, x[7:], c[7:], [1, 2], {4: RESETS[8]}) for each in (learner, other, unsaved)]
+    assert all(torch.equal(found[0][n], others[n]) for others in found[1:] for n in found[0])
     assert all(
         torch.equal(a, b) for a, b in zip(*(each.influence().values() for each in (learner, other)), strict=True)
     )
@@ -165,6 +275,9 @@ def test_resuming_is_bit_for_bit(name, commit_every, tmp_path):
         RTRL(cell, 2).load_state_dict(learner.state_dict())
     with pytest.raises(ValueError, match="version 1, got 2"):
         other.load_state_dict({**learner.state_dict(), "version": 2})
+    old = {**learner.state_dict(), "diagonal": {**learner.state_dict()["diagonal"], "version": 1}}
+    with pytest.raises(ValueError, match="version 2, got 1"):
+        other.load_state_dict(old)
     with pytest.raises(ValueError, match=r"lacks \['diagonal'\]"):
         other.load_state_dict({k: v for k, v in learner.state_dict().items() if k != "diagonal"})
 
@@ -355,7 +468,7 @@ def test_a_step_that_branches_on_its_state_is_refused_where_the_structure_change
     learner._state = learner._state.clone()
     learner._state[0, 0, 0] = 100.0
     with pytest.raises(ContractError, match="must not branch"):
-        learner(torch.ones(2, 3, dtype=torch.float64))
+        learner(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
 
 
 class Raising:

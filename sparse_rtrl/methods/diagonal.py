@@ -70,13 +70,12 @@ class Diagonal:
         states = [runs[0][1][0], *(state for _, states, _ in runs for state in states[1:])]
         engine = self._engine
         with torch.enable_grad():
-            projections, _ = self.cell.projected(torch.cat([rows for rows, _, _ in runs]))
+            projections, values = self.cell.projected(torch.cat([rows for rows, _, _ in runs]))
         engine.admit(projections)
-        segment = engine.influence.capture(self.cell, projections, states, engine.steps)
         if engine.influence.is_full:
             engine.influence.commit()
-        engine.influence.record(segment)
-        engine.steps += segment.steps
+        engine.influence.record(projections, values, states, engine.steps)
+        engine.steps += len(states) - 1
         self._runs, self._restarted = [], None
         self.segments += 1
 
