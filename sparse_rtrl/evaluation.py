@@ -10,6 +10,9 @@ import torch
 from sparse_rtrl.gradient_method import RecurrentModel, Tally, answer_loss, unroll
 from sparse_rtrl.tasks import Task
 
+_TOGETHER = 2**14
+"""Steps of streams that are run in one piece: what a model keeps of them does not grow with the length."""
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -75,7 +78,9 @@ def evaluate(model: RecurrentModel, task: Task, num_sequences: int) -> Accuracy:
     while done < num_sequences:
         batch = task.sample()
         take = min(task.batch_size, num_sequences - done)
-        outputs, _ = unroll(model, batch.x[:, :take], model.initial_state(take))
-        total += answer_loss(outputs, batch.target[:, :take])[1]
+        state, steps = model.initial_state(take), max(1, _TOGETHER // take)
+        for x, target in zip(batch.x[:, :take].split(steps), batch.target[:, :take].split(steps), strict=True):
+            outputs, state = unroll(model, x, state)
+            total += answer_loss(outputs, target)[1]
         done += take
     return Accuracy(total.correct, total.asked, done)

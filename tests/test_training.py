@@ -281,6 +281,34 @@ def test_evaluate_takes_exactly_the_sequences_asked_for():
         evaluate(Answers(), Fixed(), 0)
 
 
+def test_evaluate_runs_long_sequences_in_pieces(monkeypatch):
+    monkeypatch.setattr("sparse_rtrl.evaluation._TOGETHER", 5 * 4)
+    lengths = []
+
+    class Counts(torch.nn.Module):
+        """Answers at the last step whether an odd number of ones was seen, which pieces alone cannot know."""
+
+        def initial_state(self, batch_size):
+            return torch.zeros(batch_size)
+
+        def forward(self, x, state):
+            lengths.append(len(x))
+            sums = state + x[..., 1].cumsum(0)
+            return torch.nn.functional.one_hot((sums % 2).long(), 2).float(), sums[-1]
+
+    class Parity:
+        batch_size = 4
+
+        def sample(self):
+            tokens = torch.randint(2, (12, 4), generator=torch.Generator().manual_seed(0))
+            target = torch.full((12, 4), IGNORE)
+            target[-1] = tokens.sum(0) % 2
+            return Batch(torch.nn.functional.one_hot(tokens, 2).float(), target)
+
+    assert evaluate(Counts(), Parity(), 4) == Accuracy(correct=4, asked=4, sequences=4)
+    assert lengths == [5, 5, 2]
+
+
 @pytest.mark.parametrize(
     ("share", "trials", "low", "high"),
     # Values of Newcombe, Statistics in Medicine 1998, table I, method 3.
