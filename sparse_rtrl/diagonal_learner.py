@@ -50,6 +50,7 @@ class DiagonalRTRL(RTRL):
             raise ValueError(f"cuda_graph=True is for slot cells, got a {type(cell).__name__}")
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
+        self._options = {"commit_every": commit_every, "backend": backend}
         self._engine = DiagonalEngine(cell, batch_size, backend)
         self.commit_every = commit_every
         self._window = self._engine.influence.suggested_window()

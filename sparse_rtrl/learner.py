@@ -116,6 +116,8 @@ class RTRL:
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
         if cuda_graph and catch_up not in ("auto", "eager"):
             raise ValueError(f"catch_up must be 'eager' or 'auto' with cuda_graph=True, got {catch_up!r}")
+        self._options: dict[str, Any] = {"buffer": buffer, "commit_every": commit_every, "catch_up": catch_up}
+        self._options |= {"backend": backend, "cuda_graph": cuda_graph}
         path: CatchUp = "eager" if cuda_graph else catch_up
         self._engine = Engine(cell, batch_size, buffer, path, backend)  # type: ignore[arg-type]
         if cuda_graph and self._engine.device.type != "cuda":
@@ -126,6 +128,13 @@ class RTRL:
         """Entry of the last segment, the state that entered it, and the recurrent tensors that it used."""
         self._routings: list[Routing] = []
         self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RTRL:
+        """A learner of a copy of the cell that stands where this one does; nothing is attached to it."""
+        copied = type(self)(copy.deepcopy(self.cell, memo), self.batch_size, **self._options)
+        memo[id(self)] = copied
+        copied.load_state_dict(copy.deepcopy(self.state_dict()))
+        return copied
 
     @property
     def cell(self) -> SlotCell:

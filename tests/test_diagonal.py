@@ -266,7 +266,8 @@ def test_resuming_is_bit_for_bit(name, commit_every, tmp_path):
     torch.save(learner.state_dict(), tmp_path / "learner.pt")
     other = RTRL(copy.deepcopy(cell), 3)
     other.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
-    found = [online(each, x[7:], c[7:], [1, 2], {4: RESETS[8]}) for each in (learner, other, unsaved)]
+    copied = copy.deepcopy(learner)
+    found = [online(each, x[7:], c[7:], [1, 2], {4: RESETS[8]}) for each in (learner, other, unsaved, copied)]
     assert all(torch.equal(found[0][n], others[n]) for others in found[1:] for n in found[0])
     assert all(
         torch.equal(a, b) for a, b in zip(*(each.influence().values() for each in (learner, other)), strict=True)

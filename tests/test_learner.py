@@ -164,8 +164,11 @@ def test_resuming_is_bit_for_bit(catch_up, commit_every, tmp_path):
     torch.save(learner.state_dict(), tmp_path / "learner.pt")
     other.load_state_dict(torch.load(tmp_path / "learner.pt", weights_only=True))
     resets = {9: torch.tensor([True, False])}
-    gradients = [online(each, x[23:], c[23:], resets=resets).values() for each in (undisturbed, learner, other)]
-    for each, mine in zip((learner, other), gradients[1:], strict=True):
+    copied = copy.deepcopy(learner)
+    assert not {id(p) for p in copied.cell.parameters()} & {id(p) for p in learner.cell.parameters()}
+    all_of_them = (undisturbed, learner, other, copied)
+    gradients = [online(each, x[23:], c[23:], resets=resets).values() for each in all_of_them]
+    for each, mine in zip(all_of_them[1:], gradients[1:], strict=True):
         assert_same(gradients[0], mine)
         assert_same(undisturbed.influence().values(), each.influence().values())
         assert torch.equal(undisturbed.state, each.state)
