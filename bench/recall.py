@@ -26,8 +26,8 @@ METHODS = {
     "slots-rtrl": {"method": "rtrl"},
     "slots-tbptt": {"method": "tbptt"},
     "gru-bptt": {"method": "gru-bptt"},
-    "retention-rtrl": {"method": "rtrl", "cell": "retention", "token-shift": True},
-    "retention-tbptt": {"method": "tbptt", "cell": "retention", "token-shift": True},
+    "retention-rtrl": {"method": "rtrl", "cell": "retention", "decay": 1.0, "token-shift": True},
+    "retention-tbptt": {"method": "tbptt", "cell": "retention", "decay": 1.0, "token-shift": True},
 }
 
 

@@ -128,6 +128,13 @@ TokenShift = Annotated[
         rich_help_panel=_CELL,
     ),
 ]
+Decay = Annotated[
+    float | None,
+    typer.Option(
+        help="Retention: decay of all heads, 1 for linear attention; those of the paper if absent.",
+        rich_help_panel=_CELL,
+    ),
+]
 TaskChoice = Annotated[TaskName, typer.Option(help="What to learn.", rich_help_panel=_TASK)]
 Length = Annotated[int, typer.Option(help="Steps per sequence at the end of training.", rich_help_panel=_TASK)]
 StartLength = Annotated[
@@ -185,10 +192,12 @@ def _config(values: dict[str, Any]) -> RunConfig:
         values = {**values, "start_length": None, "eval_lengths": ()}
     if values.get("corpus") is not None:
         values = {**values, "corpus": str(values["corpus"])}
-    if values.get("token_shift"):
+    of_retention = {name: values.get(name) for name in ("token_shift", "decay")}
+    if given := {name: value for name, value in of_retention.items() if value is not None and value is not False}:
         if values["cell"] is not CellName.retention:
-            raise ValueError(f"--token-shift is for the cell retention, got cell {values['cell'].value}")
-        values = {**values, "cell_options": {"token_shift": True}}
+            option = next(iter(given)).replace("_", "-")
+            raise ValueError(f"--{option} is for the cell retention, got cell {values['cell'].value}")
+        values = {**values, "cell_options": given}
     if task in ("haystack", "recall"):
         distance = values.get("min_distance")
         options["min_distance"] = values["segment"] + 1 if distance is None else distance
@@ -230,6 +239,7 @@ def train(
     read_slots: ReadSlots = 2,
     write_slots: WriteSlots = 2,
     token_shift: TokenShift = False,
+    decay: Decay = None,
     task: Annotated[
         TrainingData,
         typer.Option(
@@ -433,6 +443,7 @@ def compare_trials(
     read_slots: ReadSlots = 2,
     write_slots: WriteSlots = 2,
     token_shift: TokenShift = False,
+    decay: Decay = None,
     task: TaskChoice = TaskName.haystack,
     length: Annotated[
         list[int] | None,

@@ -62,13 +62,17 @@ def test_every_task_trains(task, tmp_path):
 
 
 def test_retention_with_token_shift_recalls(tmp_path):
-    options = ["--cell", "retention", "--token-shift", "--task", "recall", "--pairs", 2, "--segment", 4, "--length", 24]
+    options = ["--cell", "retention", "--token-shift", "--decay", 1.0]
+    options += ["--task", "recall", "--pairs", 2, "--segment", 4, "--length", 24]
     options += ["--batch-size", 16, "--updates", 100, "--slot-size", 8, "--eval-sequences", 100]
     invoke("train", *options, "--runs", tmp_path, "--name", "it")
     accuracy = json.loads((tmp_path / "it" / "results.json").read_text())["accuracy"]["24"]
     assert accuracy["value"] > 0.9  # without the shift no cell can tell which value belongs to which key
-    output = invoke("train", "--cell", "lru", "--token-shift", "--runs", tmp_path, status=2)
-    assert "--token-shift is for the cell retention, got cell lru" in output
+    options = json.loads((tmp_path / "it" / "config.json").read_text())["cell_options"]
+    assert options == {"token_shift": True, "decay": 1.0}
+    for option, value in (("--token-shift", []), ("--decay", [0.5])):
+        output = invoke("train", "--cell", "lru", option, *value, "--runs", tmp_path, status=2)
+        assert f"{option} is for the cell retention, got cell lru" in output
 
 
 def test_train_on_real_data_and_resume(tmp_path):
