@@ -162,6 +162,14 @@ Pairs = Annotated[int, typer.Option(help="Recall: key-value pairs to remember.",
 BatchSize = Annotated[int, typer.Option(help="Streams.", rich_help_panel=_OPTIMIZER)]
 Updates = Annotated[int, typer.Option(help="Batches to train on.", rich_help_panel=_OPTIMIZER)]
 Segment = Annotated[int, typer.Option(help="Steps per segment of rtrl and tbptt.", rich_help_panel=_OPTIMIZER)]
+CommitEvery = Annotated[
+    str | None,
+    typer.Option(
+        help="Method rtrl: steps between two updates of the influence, or auto for the cheapest; --segment if absent. "
+        "The gradient is the same.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
 LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.", rich_help_panel=_OPTIMIZER)]
 FinalLearningRate = Annotated[
     float,
@@ -198,6 +206,10 @@ def _config(values: dict[str, Any]) -> RunConfig:
             option = next(iter(given)).replace("_", "-")
             raise ValueError(f"--{option} is for the cell retention, got cell {values['cell'].value}")
         values = {**values, "cell_options": given}
+    if isinstance(every := values.get("commit_every"), str) and every != "auto":
+        if not every.isdecimal() or int(every) < 1:
+            raise ValueError(f"--commit-every must be auto or a number of at least 1, got {every}")
+        values = {**values, "commit_every": int(every)}
     if task in ("haystack", "recall"):
         distance = values.get("min_distance")
         options["min_distance"] = values["segment"] + 1 if distance is None else distance
@@ -277,6 +289,7 @@ def train(
     batch_size: BatchSize = 16,
     updates: Updates = 400,
     segment: Segment = 8,
+    commit_every: CommitEvery = None,
     learning_rate: LearningRate = 1e-2,
     final_learning_rate: FinalLearningRate = 1e-3,
     clip_norm: ClipNorm = 1.0,
@@ -457,6 +470,7 @@ def compare_trials(
     batch_size: BatchSize = 16,
     updates: Updates = 400,
     segment: Segment = 8,
+    commit_every: CommitEvery = None,
     learning_rate: LearningRate = 1e-2,
     final_learning_rate: FinalLearningRate = 1e-3,
     seed: Seed = 0,

@@ -61,7 +61,7 @@ def test_every_task_trains(task, tmp_path):
     assert start == {"recall": 16 + 5}.get(task, 12)  # the shortest sequence with nothing asked within a segment
 
 
-def test_retention_with_token_shift_recalls(tmp_path):
+def test_options_of_retention_and_of_the_influence(tmp_path):
     options = ["--cell", "retention", "--token-shift", "--decay", 1.0]
     options += ["--task", "recall", "--pairs", 2, "--segment", 4, "--length", 24]
     options += ["--batch-size", 16, "--updates", 100, "--slot-size", 8, "--eval-sequences", 100]
@@ -70,6 +70,10 @@ def test_retention_with_token_shift_recalls(tmp_path):
     assert accuracy["value"] > 0.9  # without the shift no cell can tell which value belongs to which key
     options = json.loads((tmp_path / "it" / "config.json").read_text())["cell_options"]
     assert options == {"token_shift": True, "decay": 1.0}
+    invoke("train", *TINY, "--commit-every", "3", "--runs", tmp_path, "--name", "three")
+    assert json.loads((tmp_path / "three" / "config.json").read_text())["commit_every"] == 3
+    output = invoke("train", *TINY, "--commit-every", "0", "--runs", tmp_path, status=2)
+    assert "--commit-every must be auto or a number of at least 1, got 0" in output
     for option, value in (("--token-shift", []), ("--decay", [0.5])):
         output = invoke("train", "--cell", "lru", option, *value, "--runs", tmp_path, status=2)
         assert f"{option} is for the cell retention, got cell lru" in output
