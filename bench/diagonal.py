@@ -2,7 +2,8 @@
 
 ``python bench/diagonal.py --out bench/results/diagonal_cpu.json`` runs LRU and retention at widths 128, 512 and 2048
 with batch 1 and 16. Width is the size of input, output and hidden state (LRU), or of all keys and all values together
-(retention, heads of 32). Every step has a loss; nobody steps an optimizer. Contestants alternate, medians of rounds:
+(retention, heads of 32). Nobody steps an optimizer. Contestants alternate on one thread, medians of the processor time
+of rounds; but for the last, every step has a loss:
 
 - *forward*: the cell without gradient, one token at a time, and 64 tokens at a time;
 - *tbptt(1)*, *tbptt(64)*: forward and backward over so many tokens, the past before them ignored;
@@ -11,8 +12,8 @@ with batch 1 and 16. Width is the size of input, output and hidden state (LRU), 
 
 The gradients of both learners are compared with BPTT, and that of TBPTT(64) shown to differ, before anything is timed.
 Memory: the bytes of the influence matrices, and by how much the resident set of a process of its own, in which TBPTT
-has run before, has grown and at most grew when a learner was built and took four single steps with a loss. Cases that
-the file holds already are not measured again, so that it can be stopped and started.
+has run before, has grown and at most grew when a learner was built and took four single steps with a loss and 20
+without. Cases that the file holds already are not measured again, so that it can be stopped and started.
 """
 
 import argparse
@@ -25,11 +26,12 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from influence_update import machine, seconds
+from influence_update import machine
 from torch import Tensor
 
 from sparse_rtrl import RTRL, ops
@@ -131,6 +133,8 @@ def memory(kind: str, width: int, batch: int) -> dict[str, int]:
     def work() -> None:
         learners.append(RTRL(cell, batch))
         run_learner(learners[0], xs, weight, 1)
+        for _ in range(5):
+            run_without_loss(learners[0], xs)
 
     trimmed_resident()  # and so peak_growth begins
     before = trimmed_resident()
@@ -153,6 +157,14 @@ def memory_alone(*case: str | int) -> dict[str, int]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def cpu_seconds(function: Callable[[], None], repeats: int = 1) -> float:
+    """Processor time of one call: with one thread that of the clock, but for what else runs on the machine."""
+    start = time.process_time()
+    for _ in range(repeats):
+        function()
+    return (time.process_time() - start) / repeats
+
+
 def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> dict:
     """Check, then time all contestants of one case."""
     cell = make_cell(kind, width)
@@ -171,12 +183,14 @@ def measure(kind: str, width: int, batch: int, rounds: int, budget: float) -> di
         "rtrl(1), no loss": (16, lambda: run_without_loss(silent, xs[:16])),
         "rtrl(64)": (SEGMENT, lambda: run_learner(learner, xs, weight, SEGMENT)),
     }
-    repeats = {name: max(1, math.floor(budget / max(seconds(call), 1e-6))) for name, (_, call) in contestants.items()}
+    repeats = {
+        name: max(1, math.floor(budget / max(cpu_seconds(call), 1e-6))) for name, (_, call) in contestants.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, (tokens, call) in contestants.items():
             clear(cell)
-            times[name].append(seconds(call, repeats[name]) / tokens)
+            times[name].append(cpu_seconds(call, repeats[name]) / tokens)
     medians = {name: statistics.median(values) for name, values in times.items()}
     recurrent = sum(p.numel() for n, p in cell.named_parameters() if p.requires_grad and not n.startswith("readout."))
     kept = learner._engine.influence.kept_bytes
@@ -224,7 +238,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--cells", nargs="+", default=["lru", "retention"])
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--budget", type=float, default=0.1, help="seconds for a contestant in a round, at least a call"
@@ -232,7 +245,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--out", type=Path, help="JSON file; a CSV file of the times is written beside it")
     parser.add_argument("--memory", nargs=3, metavar=("CELL", "WIDTH", "BATCH"), help="print the memory of one case")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     if options.memory:
         kind, width, batch = options.memory
         print(json.dumps(memory(kind, int(width), int(batch))))
@@ -240,7 +253,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     assert not ops.compiled_problem, ops.compiled_problem
     rows = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     done = {(row["cell"], row["width"], row["batch"]) for row in rows}
-    print("microseconds per token")
+    print("microseconds of processor time per token")
     print(
         " ".join(f"{name:>16}" for name in ("cell", "width", "batch", *CONTESTANTS, "MB of P", "MB grown", "grown/4Bθ"))
     )

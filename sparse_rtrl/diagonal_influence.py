@@ -20,8 +20,8 @@ from sparse_rtrl.precision import full_precision
 MAX_WINDOW = 16
 """Most steps that a window collects unless it is told otherwise."""
 
-_SMALL_WINDOW = 4 << 20
-"""Bytes that a window may take even where the influence is small."""
+_SMALL_WINDOW = 16 << 20
+"""Bytes that capturing a window may take for a moment even where the influence is small."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class DiagonalInfluence:
         return sum(self.window) >= self.commit_every
 
     def suggested_window(self) -> int:
-        """Steps to collect in a window: as many as :data:`MAX_WINDOW` in little memory beside the influence."""
+        """Steps to collect in a window: up to :data:`MAX_WINDOW`, in little memory beside the influence."""
         like = self.cell.initial_entries(1)
         # The state, its derivative, and the values and theirs, once more while they are taken and joined.
         per_step = 4 * (1 + sum(self.kept)) * self.batch_size * like.numel() * like.element_size()

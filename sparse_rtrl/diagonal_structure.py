@@ -77,17 +77,20 @@ class Layout:
         return entries.permute(*range(lead), *order, *rest).flatten(lead)
 
     def constant_error(self, entries: Tensor) -> Tensor:
-        """How far ``(..., *state_shape)`` varies along axes where it should not, and is not zero outside the window.
+        """How far ``(..., *state_shape)`` varies along axes where it should not, of complex entries either part.
 
-        Relative to the largest entry; a scalar tensor.
+        Relative to the largest entry that the value reaches; a scalar tensor.
         """
         inside = self.windowed(entries)
         lead = entries.dim() - len(self.shape)
-        error = entries.new_zeros((), dtype=entries.dtype.to_real() if entries.is_complex() else entries.dtype)
-        for axis, varies in enumerate(self.varies):
-            if not varies and inside.shape[lead + axis] > 1:
-                error = torch.maximum(error, (inside - inside.narrow(lead + axis, 0, 1)).abs().amax())
-        return error / inside.abs().amax().clamp_min(torch.finfo(error.dtype).tiny)
+        if inside.is_complex():
+            inside = torch.view_as_real(inside.resolve_conj())
+        axes = [lead + a for a, varies in enumerate(self.varies) if not varies and inside.shape[lead + a] > 1]
+        if not axes:
+            return inside.new_zeros(())
+        most, least = inside.amax(axes), inside.amin(axes)
+        largest = torch.maximum(most.abs(), least.abs()).amax()
+        return (most - least).amax() / largest.clamp_min(torch.finfo(largest.dtype).tiny)
 
     def outside(self, entries: Tensor) -> Tensor:
         """Largest magnitude of ``(..., *state_shape)`` outside the window, a scalar tensor."""
