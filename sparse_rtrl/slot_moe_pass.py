@@ -7,6 +7,7 @@ it: one row per stream for a loss, one row per written state entry for a commit.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -123,7 +124,8 @@ def runs_fused(cell: nn.Module, state: Tensor) -> TypeGuard[SlotMoECell]:
     """Whether :func:`run_without_learning` runs a cell."""
     if type(cell) is not SlotMoECell or not ops.fused("auto", state.device, state.dtype):
         return False
-    return _as_written(cell) and cell.slot_table.dtype == state.dtype
+    biased = isinstance(cell.control.bias, Tensor) and isinstance(cell.experts.bias, Tensor)
+    return biased and _as_written(cell) and cell.slot_table.dtype == state.dtype
 
 
 @torch.no_grad()
@@ -138,11 +140,10 @@ def run_without_learning(cell: SlotMoECell, xs: Tensor, state: Tensor) -> tuple[
     Returns:
         Outputs ``(n, B, output_size)`` and the state after the last step.
     """
-    named = dict(cell.named_parameters())
-    weights = [cell.core.weight if name == "core.weight" else named[name] for name in _WEIGHTS]
+    weights = [operator.attrgetter(name)(cell) for name in _WEIGHTS]  # parametrized or not
     state = state.contiguous()
     outputs = []
-    for part in xs.split(max(1, _TOGETHER // len(state))):
+    for part in xs.split(max(1, _TOGETHER // max(1, len(state)))):
         state, slots, _, index = ops.slot_moe_forward(state, cell.query_token(part), weights, *_sizes(cell))
         support = index[..., : -cell.top_k].flatten(0, 1)
         outputs.append(cell.output(part.flatten(0, 1), slots.flatten(0, 1), support).unflatten(0, part.shape[:2]))
