@@ -65,16 +65,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
     def carry_out(name: str, pairs: int, seed: int) -> tuple[dict, dict]:
         folder = options.runs / f"{name}-{pairs}-{seed}"
-        settings = settings_of(name, pairs, seed, options)
-        train(folder, settings)
-        return settings, accuracy_of(folder)
+        return train(folder, settings_of(name, pairs, seed, options)), accuracy_of(folder)
 
     wanted = [(name, pairs, seed) for pairs in options.pairs for name in options.methods for seed in options.seeds]
     with ThreadPoolExecutor(options.parallel) as pool:
         futures = [pool.submit(carry_out, *run) for run in wanted]
         for (name, pairs, seed), future in zip(wanted, futures, strict=True):
-            settings, accuracy = future.result()
-            runs.append({"run": name, "pairs": pairs, "seed": seed, "settings": settings, "accuracy": accuracy})
+            begun, accuracy = future.result()
+            runs.append({"run": name, "pairs": pairs, "seed": seed, **begun, "accuracy": accuracy})
             told = ", ".join(f"{a['value']:.1%} at {int(length):,}" for length, a in accuracy.items())
             print(f"{pairs} pairs, {name:15} seed {seed}: {told}", flush=True)
             if options.out:  # after every run, so that nothing is lost

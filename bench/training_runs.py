@@ -12,16 +12,30 @@ from pathlib import Path
 from sparse_rtrl.environment import describe_environment
 
 
-def train(folder: Path, settings: dict[str, object], environment: dict[str, str] | None = None) -> None:
+def train(folder: Path, settings: dict[str, object], environment: dict[str, str] | None = None) -> dict:
     """Carry out one training with its scores, or what is left of it.
 
     Args:
         folder: folder of the run; nothing is done if it holds results.
         settings: options of ``sparse-rtrl train`` without their dashes; True for a flag, a list for a repeated option.
         environment: further variables of the process.
+
+    Returns:
+        The settings, and the commit of the code that began the training.
+
+    Raises:
+        ValueError: if the folder is of a training with other settings.
     """
+    kept = folder.with_name(f"{folder.name}-settings.json")
+    wanted = json.loads(json.dumps(settings, default=str))
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"settings": wanted, "commit": commit()}, indent=1) + "\n")
+    begun = json.loads(kept.read_text())
+    if begun["settings"] != wanted:
+        raise ValueError(f"runs must be a folder for these settings: {folder} was trained with {begun['settings']}")
     if (folder / "results.json").exists():
-        return
+        return begun
     command = [sys.executable, "-m", "sparse_rtrl.cli", "train"]
     if (folder / "config.json").exists():
         command += ["--resume", str(folder)]
@@ -31,6 +45,13 @@ def train(folder: Path, settings: dict[str, object], environment: dict[str, str]
                 command += [f"--{name}"] if one is True else [f"--{name}", str(one)]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     subprocess.run(command, check=True, env=variables, stdout=subprocess.DEVNULL)
+    return begun
+
+
+def commit() -> str:
+    """The commit of the code here; nothing outside of a repository."""
+    here = Path(__file__).parent
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
 
 
 def accuracy_of(folder: Path) -> dict[str, dict]:
@@ -40,8 +61,6 @@ def accuracy_of(folder: Path) -> dict[str, dict]:
 
 def save(path: Path, options: argparse.Namespace, runs: list[dict]) -> None:
     """Write results with the machine, the commit and the options they came from."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    content = {"machine": describe_environment(), "commit": commit.stdout.strip(), "options": settings}
+    content = {"machine": describe_environment(), "commit": commit(), "options": settings}
     path.write_text(json.dumps(content | {"runs": runs}, indent=1) + "\n")

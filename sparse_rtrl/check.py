@@ -157,7 +157,10 @@ def check_diagonal_cell(cell: DiagonalCell, x: Tensor, h: Tensor) -> None:
 
     Raises:
         ContractError: naming every violation.
+        ValueError: if ``h`` is not a tensor.
     """
+    if not isinstance(h, Tensor):
+        raise ValueError(f"h must be the state entries (B, *state_shape) alone, got {type(h).__name__}")
     cell = copy.deepcopy(cell).double()
     x = x.detach().double()
     h = h.detach().to(torch.complex128 if cell.complex_state else torch.float64).requires_grad_()

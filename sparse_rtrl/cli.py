@@ -210,6 +210,8 @@ def _config(values: dict[str, Any]) -> RunConfig:
         if not every.isdecimal() or int(every) < 1:
             raise ValueError(f"--commit-every must be auto or a number of at least 1, got {every}")
         values = {**values, "commit_every": int(every)}
+    if values.get("min_distance") is not None and task not in ("haystack", "recall"):
+        raise ValueError(f"--min-distance is for the tasks haystack and recall, got task {task}")
     if task in ("haystack", "recall"):
         distance = values.get("min_distance")
         options["min_distance"] = values["segment"] + 1 if distance is None else distance

@@ -254,7 +254,7 @@ class DiagonalCell(nn.Module):
 
     def next_state(self, xs: Tensor, states: list[Tensor]) -> State:
         """The state after the steps, with the previous input where the cell looks at it."""
-        return (states[-1], xs[-1]) if self.previous_input else states[-1]
+        return (states[-1], xs[-1].clone()) if self.previous_input else states[-1]  # the caller may reuse the inputs
 
 
 def observe(cell: DiagonalCell, observer: Observer) -> None:

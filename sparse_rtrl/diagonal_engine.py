@@ -107,7 +107,8 @@ class DiagonalEngine:
 
         Raises:
             RuntimeError: if a parameter changed its shape, dtype or device.
-            NonFiniteError: if the new state or a derivative is not finite; nothing is changed then.
+            NonFiniteError: if the new state is not finite, or a derivative of an earlier step that is committed now;
+                nothing is changed then.
         """
         self._check_parameters()
         cell, steps = self.cell, xs.shape[0]
@@ -129,8 +130,7 @@ class DiagonalEngine:
         self.influence.record(projections, values, states, self.steps)
         self.steps += steps
         new = cell.next_state(xs.detach(), states)
-        # The caller may use the memory of the inputs again.
-        return outputs, new.detach() if isinstance(new, Tensor) else (new[0].detach(), new[1].clone())
+        return outputs, new.detach() if isinstance(new, Tensor) else (new[0].detach(), new[1])
 
     def checked_mask(self, streams: Tensor | None) -> Tensor:
         """A mask of streams ``(B,)`` on the engine's device, see :func:`~sparse_rtrl.engine.checked_mask`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_rtrl import ops
 from sparse_rtrl.diagonal_cell import DiagonalCell, Mapped, Projection
 from sparse_rtrl.diagonal_structure import TOLERANCE, Layout, derivatives
-from sparse_rtrl.errors import ContractError
+from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.influence import check_finite
 from sparse_rtrl.precision import full_precision
 
@@ -156,19 +156,18 @@ class DiagonalInfluence:
             if id(x) not in copies:  # often a view of what the caller passed, who may use that memory again
                 copies[id(x)] = x.detach().to(_real(matrix), copy=True)
             inputs.append(copies[id(x)])
-        # A map makes a new tensor; other values may be parameters or inputs themselves, which change in place.
-        kept = [
-            value.detach() if isinstance(projection, Mapped) else value.detach().clone()
-            for projection, value in zip(projections, values, strict=True)
-        ]
+        kept = [value.detach().clone() for value in values]  # parameters, inputs or parts of an output, perhaps
         before = states[0].detach() if steps == 1 else torch.cat(states[:-1]).detach()
         biased = [isinstance(projection, Mapped) and projection.bias is not None for projection in projections]
         self._recorded.append(RecordedSteps(number, steps, before, kept, inputs, biased))
         self.window.append(steps)
 
     @full_precision
-    def _capture(self) -> CapturedSteps:
+    def _capture(self, forgotten: Tensor | None = None) -> CapturedSteps:
         """The derivatives of all steps of the window; those that are only recorded are captured together.
+
+        Args:
+            forgotten: streams ``(B,)`` bool whose derivatives nobody needs.
 
         Raises:
             NonFiniteError: if a derivative holds NaN or infinity; nothing is changed then.
@@ -183,6 +182,10 @@ class DiagonalInfluence:
                     parts = tuple(v.expand(len(p.before), *v.shape) for v, p in zip(parts, recorded, strict=True))
                 values.append(_joined(parts))
             decays, by_value = derivatives(self.cell, before, values, self.kept)
+            if forgotten is not None:  # they may hold NaN, for which these streams start anew
+                mask = forgotten.repeat(len(decays) // self.batch_size).view(-1, *[1] * dims)
+                decays = decays.masked_fill(mask, 0)
+                by_value = [None if d is None else d.masked_fill(mask, 0) for d in by_value]
             self._check_derivatives(decays, by_value)
             decays = decays.view(-1, self.batch_size, *decays.shape[1:])
             deltas = [None if d is None else d.view(decays.shape) for d in by_value]
@@ -224,7 +227,10 @@ class DiagonalInfluence:
         if not cmath.isfinite(torch.stack([d.sum() for d in named.values()]).sum().item()):
             numbers = [part.number + step for part in self._recorded for step in range(part.steps)]
             for number, *rows in zip(numbers, *(d.split(self.batch_size) for d in named.values()), strict=True):
-                check_finite(number, dict(zip(named, rows, strict=True)))
+                try:
+                    check_finite(number, dict(zip(named, rows, strict=True)))
+                except NonFiniteError as error:
+                    raise NonFiniteError(error.step, error.streams, error.group, late=True) from None
         self._check_layouts(decays, by_value)
 
     def _check_layouts(self, decays: Tensor, by_value: list[Tensor | None]) -> None:
@@ -256,10 +262,10 @@ class DiagonalInfluence:
             self._commit(None)
 
     @full_precision
-    def _commit(self, u: Tensor | None) -> list[Tensor | None]:
-        """Commit; with ``u``, the gradient through the influence as it was before, taken in the same pass."""
+    def _commit(self, u: Tensor | None, forgotten: Tensor | None = None) -> list[Tensor | None]:
+        """Commit; with ``u``, the gradient through the influence as it was before, if possible in the same pass."""
         gradients: list[Tensor | None] = [None] * len(self.matrices)
-        steps = self._capture()
+        steps = self._capture(forgotten)
         products: dict[Layout, tuple[Tensor, Tensor | None]] = {}
         of_projections = zip(self.layouts, self.matrices, steps.deltas, steps.zs, strict=True)
         for number, (layout, matrix, delta, z) in enumerate(of_projections):
@@ -362,11 +368,11 @@ class DiagonalInfluence:
         Args:
             streams: mask ``(B,)`` bool; None for all.
         """
-        if streams is None:
+        if streams is None or bool(streams.all()):
             self._empty_window()
-        else:
-            self.commit()
-            self.window_key = object()
+        elif self.window:
+            self._commit(None, streams)
+        self.window_key = object()
         for matrix in self.matrices:
             if matrix is not None:
                 matrix[slice(None) if streams is None else streams] = 0
@@ -389,20 +395,31 @@ class DiagonalInfluence:
         """
         if state.get("version") != 2:
             raise ValueError(f"influence of a diagonal cell must be of version 2, got {state.get('version')!r}")
-        saved = [None if m is None else tuple(m.shape) for m in state["matrices"]]
-        own = [None if m is None else tuple(m.shape) for m in self.matrices]
+        if missing := {"matrices", "window", "captured", "recorded"} - set(state):
+            raise ValueError(f"influence of a diagonal cell lacks {sorted(missing)}")
+        saved, own = (
+            [None if m is None else (m.dtype, tuple(m.shape)) for m in matrices]
+            for matrices in (state["matrices"], self.matrices)
+        )
         if saved != own:
-            raise ValueError(f"state is of another cell or batch size: its matrices are {saved}, those here {own}")
+            raise ValueError(
+                f"state is of another cell, dtype or batch size: its matrices are {saved}, those here {own}"
+            )
+        device = self.cell.initial_entries(1).device
         for matrix, stored in zip(self.matrices, state["matrices"], strict=True):
             if matrix is not None:
                 matrix.copy_(stored)
         self._empty_window()
         self.window = list(state["window"])
-        self._captured = None if state["captured"] is None else CapturedSteps(**state["captured"])
-        self._recorded = [RecordedSteps(**part) for part in state["recorded"]]
+        captured, recorded = _on(device, state["captured"]), _on(device, state["recorded"])
+        self._captured = None if captured is None else CapturedSteps(**captured)
+        self._recorded = [RecordedSteps(**part) for part in recorded]
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        """Frobenius norms of the stored influence, ``(B,)``, and those of the experts, of which there are none."""
+        """Frobenius norms of the stored influence, ``(B,)``, and those of the experts, of which there are none.
+
+        Steps of the window are not in it.
+        """
         stored = [matrix for matrix in self.matrices if matrix is not None]
         per_matrix = torch.stack([torch.linalg.vector_norm(matrix, dim=(1, 2)) for matrix in stored])
         norms = torch.linalg.vector_norm(per_matrix, dim=0)
@@ -446,3 +463,12 @@ def _appended(first: CapturedSteps, then: CapturedSteps) -> CapturedSteps:
 
 def _real(matrix: Tensor) -> torch.dtype:
     return matrix.dtype.to_real() if matrix.is_complex() else matrix.dtype
+
+
+def _on(device: torch.device, saved: Any) -> Any:
+    """What ``state_dict`` returned, with its tensors on a device."""
+    if isinstance(saved, Tensor):
+        return saved.to(device)
+    if isinstance(saved, dict):
+        return {name: _on(device, value) for name, value in saved.items()}
+    return [_on(device, value) for value in saved] if isinstance(saved, list) else saved

@@ -65,8 +65,8 @@ class DiagonalRTRL(RTRL):
 
     @property
     def state(self) -> State:  # type: ignore[override]
-        """State after the last step, ``(B, *state_shape)``, detached; with the previous input where the cell looks."""
-        return self._state
+        """A copy of the last state, ``(B, *state_shape)``; with the previous input where the cell looks."""
+        return _map(Tensor.clone, self._state)
 
     @property
     def entry_state(self) -> Tensor:
@@ -135,7 +135,7 @@ class DiagonalRTRL(RTRL):
 
     def evaluate(self) -> DiagonalEvaluation:  # type: ignore[override]
         """A copy that runs from the current state without learning; it shares the parameters."""
-        return DiagonalEvaluation(self.cell, _map(Tensor.clone, self.state))
+        return DiagonalEvaluation(self.cell, self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """State, influence and window; with it and the cell's own, training resumes bit for bit."""
@@ -158,6 +158,12 @@ class DiagonalRTRL(RTRL):
         missing = {"diagonal", "state", "steps", "commit_every"} - set(state)
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
+        saved, own = (
+            [tuple(tensor.shape) for tensor in ((each,) if isinstance(each, Tensor) else each)]
+            for each in (state["state"], self._state)
+        )
+        if saved != own:
+            raise ValueError(f"state is of another cell or batch size: its shapes are {saved}, those here {own}")
         self._engine.influence.load_state_dict(state["diagonal"])
         self._state = _map(lambda saved, own: saved.to(own).clone(), state["state"], self._state)
         self._engine.steps = state["steps"]

@@ -190,7 +190,7 @@ class PerLayerApproximation:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """State and influence, after committing; with it and the stack's own, training resumes bit for bit."""
+        """State, influence and window; with it and the stack's own, training resumes bit for bit."""
         return {
             "version": 1,
             "layers": [engine.influence.state_dict() for engine in self._engines],

@@ -18,17 +18,23 @@ class ContractError(ValueError):
 class NonFiniteError(FloatingPointError):
     """A state or Jacobian holds NaN or infinity; nothing was committed.
 
+    Derivatives of a diagonal cell are taken some steps late. The error is then raised again, and no step can be learned
+    from, until the streams that it names are reset.
+
     Attributes:
         step: number of the step, counted from the construction of the learner.
         streams: streams concerned.
         group: what is not finite: ``state``, ``state Jacobian``, ``core`` or ``expert E``.
     """
 
-    def __init__(self, step: int, streams: list[int], group: str) -> None:
-        super().__init__(
-            f"step {step}: NaN or infinity in {group}, streams {streams}. The learner is as it was before this step;"
-            " lower the learning rate, clip gradients, or reset these streams"
+    def __init__(self, step: int, streams: list[int], group: str, late: bool = False) -> None:
+        rest = (
+            "Nothing was committed since; reset these streams"
+            if late
+            else "The learner is as it was before this step; lower the learning rate, clip gradients, or reset these"
+            " streams"
         )
+        super().__init__(f"step {step}: NaN or infinity in {group}, streams {streams}. {rest}")
         self.step, self.streams, self.group = step, streams, group
 
 

@@ -130,7 +130,11 @@ class RTRL:
         self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RTRL:
-        """A learner of a copy of the cell that stands where this one does; nothing is attached to it."""
+        """A learner of a copy of the cell that stands where this one does; nothing is attached to it.
+
+        Raises:
+            ValueError: if other parameters are trainable than when the learner was built.
+        """
         copied = type(self)(copy.deepcopy(self.cell, memo), self.batch_size, **self._options)
         memo[id(self)] = copied
         copied.load_state_dict(copy.deepcopy(self.state_dict()))

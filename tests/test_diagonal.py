@@ -13,6 +13,7 @@ from oracle import cotangents, worst_error
 import sparse_rtrl
 from sparse_rtrl import (
     RTRL,
+    Carry,
     ContractError,
     DiagonalCell,
     ELSTMCell,
@@ -65,8 +66,8 @@ def test_wrong_variants_are_seen(name, monkeypatch):
 
     capture = DiagonalInfluence._capture
 
-    def without_decay(self):
-        steps = capture(self)
+    def without_decay(self, *forgotten):
+        steps = capture(self, *forgotten)
         return replace(steps, decays=torch.ones_like(steps.decays))
 
     if name != "linear attention":  # which has none
@@ -193,10 +194,57 @@ def test_a_derivative_that_is_not_finite_is_named_with_its_step():
     influence = learner._engine.influence
     assert influence.window == [1] * 5 and not any(bool(m.any()) for m in influence.matrices)
     assert torch.equal(learner.state, before)
-    with pytest.raises(NonFiniteError, match="step 2"):
-        learner.reset(torch.tensor([True, False]))
-    learner.reset()
+    with pytest.raises(NonFiniteError, match=r"step 2: .* reset these streams"):
+        learner.reset(torch.tensor([True, False]))  # not the one with the error
+    cell.zero_grad()
+    learner.reset(torch.tensor([False, True]))
+    c = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for x_t, c_t in zip(x[3:], c, strict=True):
+        (learner(x_t) * c_t).sum().backward()
+    found = gradients_of(cell)
+    cell.zero_grad()
+    again = torch.cat((x, x[3:]))
+    for stream, begin in ((0, 0), (1, 5)):  # stream 0 as if nothing had happened, stream 1 from its new start
+        outputs, _ = cell.unroll(again[begin:, stream : stream + 1], cell.initial_state(1))
+        (outputs[-2:] * c[:, stream : stream + 1]).sum().backward()
+    assert worst_error(found, gradients_of(cell)) <= 1e-12
+    for streams in (None, torch.ones(2, dtype=torch.bool)):
+        learner(x[2])
+        learner.reset(streams)
     (learner(x[0]) * 2).sum().backward()
+    carry = Carry(cell)
+    _, h = cell.unroll(x, carry(cell.initial_state(2)))
+    carry(h)
+    carry.reset()
+    assert carry(cell.initial_state(2)).shape == (2, 4)
+
+
+class Shown(LRUCell):
+    """Hands out a value that its state was made of."""
+
+    def output(self, x, before, h, *values):
+        return torch.cat((super().output(x, before, h, *values), values[-1].real.flatten(1)), 1)
+
+
+@pytest.mark.parametrize("name", ["shown", "rwkv", "retention, token shift"])
+def test_what_the_caller_changes_afterwards_does_not_matter(name):
+    torch.manual_seed(0)
+    cell = Shown(3, 4, 2).double() if name == "shown" else make_cell(name)
+    x, buffer = inputs(6, 2), torch.empty(2, 3, dtype=torch.float64)
+    cell.unroll(x, cell.initial_state(2))[0].sum().backward()
+    expected = gradients_of(cell)
+    cell.zero_grad()
+    learner = RTRL(cell, 2, commit_every=16)
+    evaluation = learner.evaluate()
+    for x_t in x:
+        buffer.copy_(x_t)
+        state = learner.state
+        output = learner(buffer)
+        assert torch.equal(output, evaluation(buffer))
+        output.sum().backward()
+        for changed in (output.data, *([state] if isinstance(state, torch.Tensor) else state)):
+            changed.zero_()
+    assert worst_error(gradients_of(cell), expected) <= 1e-12
 
 
 class Eigenvalue(LRUCell):
@@ -313,7 +361,8 @@ def test_outputs_are_those_of_the_cell_and_evaluation_leaves_the_learner():
         copied = learner.evaluate()
         before = learner.state
         evaluated = copied.unroll(x)
-        assert not evaluated.requires_grad and learner.state is before
+        states = [each if isinstance(each, tuple) else (each,) for each in (learner.state, before)]
+        assert not evaluated.requires_grad and all(map(torch.equal, *states))
         assert torch.equal(copied(x[0]), cell(x[0], cell.unroll(x, before)[1])[0])
 
 

@@ -43,7 +43,7 @@ class Diagonal:
             versions = [p._version for p in self.cell.parameters()]
             if self._runs and not torch.equal(self._runs[-1][1][-1], states[0]):
                 self._runs = []  # of a stream that was left
-            self._runs.append((rows.detach(), [state.detach() for state in states], versions))
+            self._runs.append((rows.detach().clone(), [state.detach() for state in states], versions))
 
     def _entries(self, flat: Tensor) -> Tensor:
         """State entries ``(B, *state_shape)`` at the front of a flat state ``(B, H)``."""
