@@ -304,8 +304,9 @@ def summarize(rows: list[dict]) -> list[str]:
 def draw(rows: list[dict], path: str) -> None:
     """Learning curves: mean loss over the seeds, and the range."""
     panels = sorted({(row["task"], row["cell"]) for row in rows})
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    rows_of_panels = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(10, 3.4 * rows_of_panels), layout="constrained")
+    axes = figure.subplots(rows_of_panels, 2, squeeze=False).flatten()[: len(panels)]
     for axis, panel in zip(axes, panels, strict=True):
         for (task, cell, method), group in grouped(rows).items():
             if (task, cell) != panel:
@@ -313,11 +314,12 @@ def draw(rows: list[dict], path: str) -> None:
             updates = [update for update, _ in group[0]["curve"]]
             losses = [[loss for _, loss in row["curve"]] for row in group]
             means = [statistics.mean(values) for values in zip(*losses, strict=True)]
-            (line,) = axis.plot(updates, means, label=LABELS[method])
+            dashes = "--" if method == "bptt" else "-"  # RTRL lies under it
+            (line,) = axis.plot(updates, means, dashes, label=LABELS[method])
             ends = [[f(values) for values in zip(*losses, strict=True)] for f in (min, max)]
             axis.fill_between(updates, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=f"{panel[0]}, {panel[1]}", xlabel="batches of sequences", ylabel="training loss", yscale="log")
-    axes[0].legend()
+        axis.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 

@@ -1,8 +1,9 @@
 """Multi-query associative recall: pairs of keys and values among distractors, asked for long after they were shown.
 
-``python bench/recall.py --out bench/results/recall.json``. Every sequence shows pairs of a key and a value, then asks
-for all of them in another order; a segment and more of distractors lie between. Trained on short sequences by
-``sparse-rtrl train``, scored on 1,000 fresh ones of 512 and 4,096 steps. The cells:
+``python bench/recall.py --methods retention-rtrl retention-tbptt --out FILE`` and ``--methods slots-rtrl slots-tbptt
+gru-bptt --pairs 4 --out FILE``; both results are in ``bench/results/recall.json``. Every sequence shows pairs of a key
+and a value, then asks for all of them in another order; a segment and more of distractors lie between. Trained on short
+sequences by ``sparse-rtrl train``, scored on 1,000 fresh ones of 512 and 4,096 steps. The cells:
 
 - *slots*: the slot cell, by sparse RTRL and by truncated BPTT with the same segments of 8 steps (the influence is moved
   every 32 steps, the cheapest here, which changes nothing in the gradient);
@@ -37,11 +38,11 @@ def settings_of(name: str, pairs: int, seed: int, options: argparse.Namespace) -
     shortest = 4 * pairs + options.segment + 1
     settings: dict[str, object] = {"task": "recall", "pairs": pairs, "seed": seed, "segment": options.segment}
     if name.startswith("retention"):  # a step costs little: longer sequences, on which noise in the keys adds up
-        slots, updates, length = 4, options.retention_updates, 4 * shortest
+        slots, updates, length, batch = 4, options.retention_updates, 4 * shortest, 16
     else:
-        slots, updates, length = 2 * pairs, options.updates, round(1.6 * shortest)
+        slots, updates, length, batch = 2 * pairs, options.updates, round(1.6 * shortest), 32
     settings |= {"num-slots": slots, "read-slots": slots // 2, "write-slots": slots // 2, "slot-size": 16}
-    settings |= {"length": length, "batch-size": options.batch}
+    settings |= {"length": length, "batch-size": batch}
     settings |= {"updates": updates, "curriculum-updates": max(1, round(0.8 * updates))}
     return settings | METHODS[name] | {"eval-sequences": options.sequences, "evaluate-at": options.evaluate_at}
 
@@ -52,7 +53,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--segment", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--retention-updates", type=int, default=400)
     parser.add_argument("--evaluate-at", type=int, nargs="+", default=[512, 4096])

@@ -141,7 +141,7 @@ def test_break_even_length():
 
 def test_recall(tmp_path):
     arguments = ["--methods", "slots-rtrl", "retention-rtrl", "--pairs", "2", "--seeds", "1", "--updates", "2"]
-    arguments += ["--retention-updates", "90", "--batch", "16", "--evaluate-at", "30", "--sequences", "50"]
+    arguments += ["--retention-updates", "90", "--evaluate-at", "30", "--sequences", "50"]
     arguments += ["--parallel", "1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "recall.json")]
     slots, retention = recall.main(arguments)
     assert [*slots["accuracy"]] == ["30"] and slots["accuracy"]["30"]["sequences"] == 50
