@@ -83,7 +83,10 @@ class DiagonalRTRL(RTRL):
         return {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Take one step: ``x (B, input_size)`` to the output ``(B, ...)``; see :meth:`RTRL.__call__`."""
+        """Take one step: ``x (B, input_size)`` to the output ``(B, ...)``; see :meth:`RTRL.__call__`.
+
+        A derivative that is not finite is reported late, see :class:`~sparse_rtrl.errors.NonFiniteError`.
+        """
         return self._run_segment(x.unsqueeze(0) if isinstance(x, Tensor) else x)[0]
 
     def unroll(self, xs: Tensor) -> Tensor:
