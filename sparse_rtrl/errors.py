@@ -15,6 +15,27 @@ class ContractError(ValueError):
         self.violations = violations
 
 
+class DisagreementError(ContractError):
+    """What was captured of a segment disagrees with an ordinary backward pass: the gradient would be wrong.
+
+    ``.grad`` holds nothing of that segment, and the influence has not moved through it.
+
+    Attributes:
+        step: number of the segment or step, counted from the beginning.
+        stream: the stream that was looked at.
+        names: what disagrees: parameters, ``the state``, or ``the states of other streams``.
+    """
+
+    def __init__(self, step: int, stream: int, names: list[str], reason: str) -> None:
+        super().__init__(
+            [
+                f"step {step}, stream {stream}: the derivative by {', '.join(names)} that was captured disagrees with"
+                f" an ordinary backward pass. {reason}"
+            ]
+        )
+        self.step, self.stream, self.names = step, stream, names
+
+
 class NonFiniteError(FloatingPointError):
     """A state or Jacobian holds NaN or infinity; nothing was committed.
 

@@ -1,0 +1,154 @@
+"""A check that never sleeps: a random sample of segments is compared with an ordinary backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sparse_rtrl.errors import DisagreementError
+
+Verify: TypeAlias = Literal["sample", "always", "never"] | int
+"""Which segments are compared: a random sample of them, all, none, or one in this many."""
+
+SAMPLE = 64
+"""``"sample"`` compares one segment in this many, on average."""
+
+STATE = "the state"
+OTHER_STREAMS = "the states of other streams"
+
+
+class Verifier:
+    """Decides which segments are compared with an ordinary backward pass, and judges what was found.
+
+    A segment is drawn with probability ``1 / n``, so a fault that is there in every segment stays unnoticed for ``k``
+    segments with probability ``(1 - 1 / n) ** k``. The draws come from a generator of its own, so that verifying
+    changes no other random number.
+
+    On a CUDA device the verdict stays on the device until :meth:`settle` reads it, so that no step waits for the host.
+
+    Args:
+        verify: see :data:`Verify`.
+
+    Raises:
+        ValueError: if ``verify`` is none of these.
+    """
+
+    def __init__(self, verify: Verify = "sample") -> None:
+        number = isinstance(verify, int) and not isinstance(verify, bool) and verify >= 1
+        if verify not in ("sample", "always", "never") and not number:
+            raise ValueError(f"verify must be 'sample', 'always', 'never' or an int of at least 1, got {verify!r}")
+        self.verify = verify
+        self._one_in = {"sample": SAMPLE, "always": 1, "never": 0}.get(verify, verify)  # type: ignore[call-overload]
+        self._generator = torch.Generator().manual_seed(0)
+        self._pending: list[tuple[Tensor, list[str], int, int, str]] = []
+        self.compared = 0
+        """How many segments were compared."""
+
+    def due(self) -> bool:
+        """Draw whether the next segment is compared."""
+        if self._one_in < 2:
+            return self._one_in == 1
+        return int(torch.randint(self._one_in, (), generator=self._generator)) == 0
+
+    def cotangent(self, state: Tensor) -> tuple[int, Tensor]:
+        """A randomly chosen stream, and a random cotangent that is zero for all others.
+
+        Args:
+            state: the state that a segment ended with, ``(B, ...)``, for shape, dtype and device.
+
+        Returns:
+            Index of the stream, and the cotangent, shaped like ``state``.
+        """
+        stream = int(torch.randint(state.shape[0], (), generator=self._generator))
+        real = state.dtype.to_real() if state.is_complex() else state.dtype
+        shape = (*state.shape[1:], 2) if state.is_complex() else state.shape[1:]
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(state.device, real)
+        out = torch.zeros_like(state, requires_grad=False)
+        out[stream] = torch.view_as_complex(drawn) if state.is_complex() else drawn
+        return stream, out
+
+    def compare(
+        self,
+        step: int,
+        stream: int,
+        found: Mapping[str, Tensor],
+        expected: Mapping[str, Tensor | None],
+        tolerance: float,
+        reason: str,
+    ) -> None:
+        """Compare what was captured with what an ordinary backward pass gives.
+
+        Args:
+            step: number of the segment or step, for messages.
+            stream: the stream that the cotangent was for.
+            found: products of the cotangent and the captured Jacobians by name, :data:`STATE` and
+                :data:`OTHER_STREAMS` among them.
+            expected: the same from autograd; None where there is no path.
+            tolerance: largest error relative to the largest entry of a value, or to a hundredth of that of all.
+            reason: likely reasons and the remedy, one or more sentences.
+
+        Raises:
+            DisagreementError: naming step, stream and values; on a CUDA device not before :meth:`settle`.
+        """
+        self.compared += 1
+        names = list(expected)
+        if not names:
+            return
+        errors, sizes = [], []
+        for name in names:
+            mine, its = found[name], expected[name]
+            errors.append((mine if its is None else mine - its).abs().amax() if mine.numel() else mine.new_zeros(()))
+            sizes.append(
+                mine.new_zeros(()) if its is None or not its.numel() else its.abs().amax().to(errors[-1].dtype)
+            )
+        error, size = torch.stack([e.double() for e in errors]), torch.stack([s.double() for s in sizes])
+        # Where autograd's own gradient is not finite there is nothing to compare with; others refuse such a segment.
+        bad = (error > tolerance * torch.maximum(size, 1e-2 * size.max())) & torch.isfinite(size.sum())
+        # NaN compares as false, but a captured NaN beside a finite gradient is a disagreement.
+        bad |= torch.isnan(error) & torch.isfinite(size.sum())
+        if bad.is_cuda:
+            self._pending.append((bad, names, step, stream, reason))
+        elif bool(bad.any()):
+            _refuse(bad, names, step, stream, reason)
+
+    def settle(self) -> None:
+        """Read the verdicts that are still on a device.
+
+        Raises:
+            DisagreementError: for the first that disagreed.
+        """
+        pending, self._pending = self._pending, []
+        for bad, *what in pending:
+            if bool(bad.any()):
+                _refuse(bad, *what)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides about the segments to come; verdicts are read first."""
+        self.settle()
+        return {"generator": self._generator.get_state(), "compared": self.compared}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._pending = []
+        self._generator.set_state(state["generator"].cpu())
+        self.compared = state["compared"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"verify": self.verify, **self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["verify"])  # type: ignore[misc]
+        self.load_state_dict(state)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Largest relative error that rounding in arithmetic of a dtype explains."""
+    return min(0.2, 50 * torch.finfo(dtype).eps ** 0.75)
+
+
+def _refuse(bad: Tensor, names: list[str], step: int, stream: int, reason: str) -> None:
+    wrong = [name for name, disagrees in zip(names, bad.tolist(), strict=True) if disagrees]
+    raise DisagreementError(step, stream, wrong, reason)
