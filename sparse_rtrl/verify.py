@@ -41,7 +41,7 @@ class Verifier:
         if verify not in ("sample", "always", "never") and not number:
             raise ValueError(f"verify must be 'sample', 'always', 'never' or an int of at least 1, got {verify!r}")
         self.verify = verify
-        self._one_in = {"sample": SAMPLE, "always": 1, "never": 0}.get(verify, verify)  # type: ignore[call-overload]
+        self._one_in = verify if isinstance(verify, int) else {"sample": SAMPLE, "always": 1, "never": 0}[verify]
         self._generator = torch.Generator().manual_seed(0)
         self._pending: list[tuple[Tensor, list[str], int, int, str]] = []
         self.compared = 0
@@ -121,9 +121,9 @@ class Verifier:
             DisagreementError: for the first that disagreed.
         """
         pending, self._pending = self._pending, []
-        for bad, *what in pending:
+        for bad, names, step, stream, reason in pending:
             if bool(bad.any()):
-                _refuse(bad, *what)
+                _refuse(bad, names, step, stream, reason)
 
     def state_dict(self) -> dict[str, Any]:
         """What decides about the segments to come; verdicts are read first."""
