@@ -9,8 +9,9 @@ disagree with an ordinary backward pass, takes the dense path: one backward row 
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,28 +19,46 @@ from torch.autograd.graph import GradientEdge
 
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.jacobian import Factors, Term
-from sparse_rtrl.parameter_uses import Factor, Layout, SegmentGraph, Use, uses_of, without_hooks
+from sparse_rtrl.parameter_uses import (
+    PROBE_SCALE,
+    Factor,
+    Layout,
+    SegmentGraph,
+    Use,
+    uses_of,
+    without_hooks,
+    without_reducers,
+)
 
 
 class GraphCapture:
     """Captures segments of any differentiable code.
 
+    Beside the rows of the Jacobian every backward pass takes one more, the *probe*: a random combination of all rows,
+    with other coefficients for every stream, and scaled. It shows in every segment what may change from one to the
+    next: streams that influence each other, rows that do not belong to the stream that their place says, and backward
+    passes that are not linear. A new kind of segment is also compared with an ordinary backward pass.
+
     Args:
         names: names of the parameters that are carried, for messages.
         offsets: their first columns in the influence matrix.
         noted: names of the parameters whose dense path was noted already.
+        dense: whether every parameter takes the dense path.
     """
 
-    def __init__(self, names: list[str], offsets: list[int], noted: set[str] | None = None) -> None:
+    def __init__(
+        self, names: list[str], offsets: list[int], noted: set[str] | None = None, dense: bool = False
+    ) -> None:
         self.names = names
         self.offsets = offsets
         self.noted: set[str] = set() if noted is None else noted
-        self._layouts: dict[Any, dict[int, Layout | None]] = {}
+        self.dense = dense
+        self._known: dict[Any, dict[int, list[Layout]]] = {}
 
     def segment(
         self,
         end: Tensor,
-        entry: Tensor,
+        entry: Tensor | None,
         parameters: list[Tensor],
         graph: SegmentGraph,
         cotangents: Tensor | None = None,
@@ -48,8 +67,8 @@ class GraphCapture:
 
         Args:
             end: state that left the segment, ``(B, H)``, with its graph.
-            entry: state that entered it, ``(B, H)``.
-            parameters: what is carried, in the order of ``names``.
+            entry: state that entered it, ``(B, H)``; None for a segment from nowhere, whose state Jacobian is zero.
+            parameters: what is carried, in the order of ``names``; a complex one is a pair of real numbers per element.
             graph: from :func:`~sparse_rtrl.parameter_uses.walk`.
             cotangents: combinations of the state's entries to differentiate, ``(n, B, H)``; None for every entry by
                 itself, ``n = H``.
@@ -58,58 +77,111 @@ class GraphCapture:
             State Jacobian ``(B, n, H)`` and the immediate Jacobians, ``delta (B, n, Σ τ m)``.
 
         Raises:
-            ContractError: if the streams influence each other.
+            ContractError: if the streams influence each other, or the backward pass is not linear.
         """
-        with torch.no_grad(), without_hooks(parameters):
+        with torch.no_grad(), without_hooks(parameters), without_reducers(graph):
             return self._segment(end, entry, parameters, graph, cotangents)
 
     def _segment(
-        self, end: Tensor, entry: Tensor, parameters: list[Tensor], graph: SegmentGraph, cotangents: Tensor | None
+        self,
+        end: Tensor,
+        entry: Tensor | None,
+        parameters: list[Tensor],
+        graph: SegmentGraph,
+        cotangents: Tensor | None,
     ) -> tuple[Tensor, Factors]:
         batch, hidden = end.shape
         if cotangents is None:
             eye = torch.eye(hidden, dtype=end.dtype, device=end.device)
             cotangents = eye.unsqueeze(1).expand(-1, batch, -1)
+        count = len(cotangents)
+        uses, dense = self._uses(parameters, graph, batch)
+        generator = torch.Generator().manual_seed(0)
+        coefficients = torch.randn(batch, count, generator=generator, dtype=torch.float64).to(end)
+        probe = torch.einsum("bn,nbh->bh", coefficients, cotangents)
+        rows = torch.cat((cotangents, PROBE_SCALE * probe.unsqueeze(0)))
+        inputs = [*([] if entry is None else [entry]), *(GradientEdge(use.node, 0) for use in uses)]
+        found = _batched_grad(end, inputs, rows, graph)
+        probed = [None if g is None else g[count] / PROBE_SCALE for g in found]
+        tolerance = Tolerance(end, [g[count] / PROBE_SCALE for g in found if g is not None], graph)
+        J = end.new_zeros(cotangents.shape)
+        if entry is not None and found[0] is not None:
+            J = found[0][:count]
+            if not _agree(torch.einsum("bn,nbh->bh", coefficients, J), probed[0], tolerance):
+                _check_linear(end, inputs, probe, probed, tolerance)
+                _refuse_coupled(graph)
+        first = len(inputs) - len(uses)
+        of_uses = [
+            (use, delta, seen)
+            for use, delta, seen in zip(uses, found[first:], probed[first:], strict=True)
+            if delta is not None and seen is not None
+        ]
+        # A complex output of a map has no real factors.
+        in_complex = {use.parameter for use, delta, _ in of_uses if delta.is_complex()}
+        rows_of = [
+            UseRows(use, delta[:count].to(end.dtype), seen.unsqueeze(0).to(end.dtype))
+            for use, delta, seen in of_uses
+            if use.parameter not in in_complex
+        ]
+        formulas = self._formulas(end, entry, parameters, rows_of, cotangents, graph, tolerance)
+        pieces: list[tuple[int, Factor]] = []
+        misplaced: list[int] = []
+        for number, layouts in formulas.items():
+            mine = [rows for rows in rows_of if rows.use.parameter == number]
+            factors = next(filter(None, (_factors(mine, layout, coefficients, tolerance) for layout in layouts)), None)
+            if factors is None:
+                misplaced.append(number)
+            else:
+                pieces += [(number, factor) for factor in factors]
+        if any(formulas[number] for number in misplaced):
+            _check_linear(end, inputs, probe, probed, tolerance)
+        dense += [*sorted(in_complex), *misplaced]
+        self._note_dense(dense, graph)
+        pieces += self._dense_pieces(end, parameters, dense, cotangents, graph)
+        return J.transpose(0, 1), self._join(pieces, batch, count, end)
+
+    def _uses(self, parameters: list[Tensor], graph: SegmentGraph, batch: int) -> tuple[list[Use], list[int]]:
+        """Known uses of the parameters that reach the state, and the numbers of those that have another one."""
         uses: list[Use] = []
         dense: list[int] = []
         for number, parameter in enumerate(parameters):
             if id(parameter) not in graph.accumulators:
                 continue
-            found = uses_of(number, parameter, graph.accumulators[id(parameter)][1], graph, batch)
-            if found is None:
+            known = None
+            if not self.dense and not parameter.is_complex():
+                known = uses_of(number, parameter, graph.accumulators[id(parameter)][1], graph, batch)
+            if known is None:
                 dense.append(number)
             else:
-                uses += found
-        inputs = [entry, *(GradientEdge(use.node, 0) for use in uses)]
-        rows, *found_deltas = _batched_grad(end, inputs, cotangents, graph)
-        J = end.new_zeros(cotangents.shape) if rows is None else rows
-        deltas = [None if delta is None else delta.to(end.dtype) for delta in found_deltas]
-        shapes = [None if d is None else tuple(d.shape) for d in deltas]
-        signature = (
-            hash(tuple(graph.names)),
-            tuple((use.parameter, shape) for use, shape in zip(uses, shapes, strict=True)),
-        )
-        layouts = self._layouts.get(signature)
-        if layouts is None:
-            dtypes = {end.dtype, *(delta.dtype for delta in found_deltas if delta is not None)}
-            tolerance = min(0.2, 50 * _rounding(dtypes, end.is_cuda, graph) ** 0.75)
-            layouts, certain = self._verified_layouts(end, entry, parameters, uses, deltas, J, cotangents, tolerance)
+                uses += known
+        return uses, dense
+
+    def _formulas(
+        self,
+        end: Tensor,
+        entry: Tensor | None,
+        parameters: list[Tensor],
+        rows_of: list[UseRows],
+        cotangents: Tensor,
+        graph: SegmentGraph,
+        tolerance: Tolerance,
+    ) -> dict[int, list[Layout]]:
+        """For each parameter the layouts whose factors agreed with an ordinary backward pass for this kind of segment.
+
+        That a formula is right is remembered for segments of the same operations and shapes. That the rows belong to
+        the streams is not: the probe shows it every time.
+        """
+        shapes = tuple((rows.use.parameter, tuple(rows.delta.shape)) for rows in rows_of)
+        signature = (tuple(graph.names), shapes, entry is None)
+        formulas = self._known.get(signature)
+        if formulas is None:
+            formulas, certain = self._verified_formulas(end, parameters, rows_of, cotangents, tolerance)
             if certain:
-                self._layouts[signature] = layouts
-        dense += [number for number, layout in layouts.items() if layout is None]
-        self._note_dense(dense, graph)
-        pieces: list[tuple[int, Factor]] = []
-        for use, delta in zip(uses, deltas, strict=True):
-            layout = layouts.get(use.parameter)
-            if delta is not None and layout is not None:
-                factor = use.build(delta, layout)
-                assert factor is not None
-                pieces.append((use.parameter, factor))
-        pieces += self._dense_pieces(end, parameters, dense, cotangents, graph)
-        return J.transpose(0, 1), self._join(pieces, batch, len(cotangents), end)
+                self._known[signature] = formulas
+        return formulas
 
     def _note_dense(self, numbers: list[int], graph: SegmentGraph) -> None:
-        new = [self.names[number] for number in numbers if self.names[number] not in self.noted]
+        new = [] if self.dense else [self.names[number] for number in numbers if self.names[number] not in self.noted]
         self.noted.update(new)
         if not new:
             return
@@ -118,42 +190,40 @@ class GraphCapture:
             reason = "inside a function that torch.compile made, which hides how they are used"
         warnings.warn(f"{', '.join(new)}: {reason}; the dense one is computed instead (exact, slower)", stacklevel=2)
 
-    def _verified_layouts(
+    def _verified_formulas(
         self,
         end: Tensor,
-        entry: Tensor,
         parameters: list[Tensor],
-        uses: list[Use],
-        deltas: list[Tensor | None],
-        J: Tensor,
+        rows_of: list[UseRows],
         cotangents: Tensor,
-        tolerance: float,
-    ) -> tuple[dict[int, Layout | None], bool]:
-        """For each parameter the layout whose factors agree with an ordinary backward pass; None if there is none.
+        tolerance: Tolerance,
+    ) -> tuple[dict[int, list[Layout]], bool]:
+        """For each parameter the layouts whose factors agree with an ordinary backward pass.
 
-        Also whether another segment may rely on it: not where two different layouts agree, or nothing is seen because
-        the gradient is zero, as that of a weight which multiplies a state of zeros.
+        Also whether another segment may rely on it: not where nothing is seen because a gradient is zero, as that of a
+        weight which multiplies a state of zeros.
         """
         batch = end.shape[0]
-        numbers = sorted({use.parameter for use in uses})
+        numbers = sorted({rows.use.parameter for rows in rows_of})
+        if not numbers:
+            return {}, False
         generator = torch.Generator(device="cpu").manual_seed(0)
         c = torch.randn(batch, len(cotangents), generator=generator, dtype=torch.float64).to(end)
         v = torch.einsum("bn,nbh->bh", c, cotangents)
-        wanted = [entry, *(parameters[n] for n in numbers)]
-        through_state, *truth = torch.autograd.grad(end, wanted, v, retain_graph=True, allow_unused=True)
-        finite = all(bool(torch.isfinite(g).all()) for g in (through_state, *truth) if g is not None)
-        if not finite:
-            return dict.fromkeys(numbers, "outer"), False  # nothing to compare with; the caller refuses the segment
-        self._check_streams(through_state, torch.einsum("bn,nbh->bh", c, J), tolerance)
-        certain = batch == 1 or (through_state is not None and bool(through_state.any()))
+        truth = torch.autograd.grad(end, [parameters[n] for n in numbers], v, retain_graph=True, allow_unused=True)
+        if not all(bool(torch.isfinite(g).all()) for g in truth if g is not None):
+            return {n: ["outer"] for n in numbers}, False  # nothing to compare with; the caller refuses the segment
+        certain = True
         scale = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
-        out: dict[int, Layout | None] = {}
+        out: dict[int, list[Layout]] = {}
         for number, expected in zip(numbers, truth, strict=True):
-            agreeing: list[Layout] = []
-            mine = [(use, d) for use, d in zip(uses, deltas, strict=True) if use.parameter == number and d is not None]
+            out[number] = []
+            mine = [rows for rows in rows_of if rows.use.parameter == number]
             size = parameters[number].numel()
+            g = end.new_zeros(size) if expected is None else expected.flatten().to(end.dtype)
+            own = max(float(g.abs().max()), 1e-2 * scale)
             for layout in ("outer", "inner"):
-                factors = [use.build(d, layout) for use, d in mine]
+                factors = [rows.use.build(rows.delta, layout) for rows in mine]
                 if any(factor is None for factor in factors):
                     continue
                 total = end.new_zeros(size)
@@ -162,27 +232,10 @@ class GraphCapture:
                     z = factor.z
                     part = (pulled.sum((0, 1)) if z is None else torch.einsum("btm,btj->mj", pulled, z)).flatten()
                     total[factor.column : factor.column + part.numel()] += part
-                g = end.new_zeros(size) if expected is None else expected.flatten()
-                own = max(float(g.abs().max()), 1e-2 * scale)
-                if float((total - g).abs().max()) <= tolerance * own:
-                    agreeing.append(layout)
-            out[number] = agreeing[0] if agreeing else None
-            one_row_each = all(d.dim() == 2 or d.shape[1] == batch for _, d in mine)
-            seen = expected is not None and bool(expected.any())
-            certain &= seen and (len(agreeing) <= 1 or batch == 1 or one_row_each)
+                if tolerance.explains(float((total - g).abs().max()), own):
+                    out[number].append(layout)
+            certain &= expected is not None and bool(expected.any())
         return out, certain
-
-    def _check_streams(self, truth: Tensor | None, found: Tensor, tolerance: float) -> None:
-        """Refuse a segment in which one stream's new state depends on another's old one."""
-        error = (found if truth is None else found - truth).abs().max()
-        if float(error) > tolerance * max(float(found.abs().max()), 1e-6):
-            raise ContractError(
-                [
-                    "the streams of the batch influence each other through the state, so the gradient of"
-                    f" {', '.join(self.names)} cannot be carried stream by stream: put batch norm into eval mode or"
-                    " replace it by a norm that works within a stream, and keep other batch statistics off the state"
-                ]
-            )
 
     def _dense_pieces(
         self, end: Tensor, parameters: list[Tensor], numbers: list[int], cotangents: Tensor, graph: SegmentGraph
@@ -194,9 +247,10 @@ class GraphCapture:
         single = torch.eye(batch, dtype=end.dtype, device=end.device).unsqueeze(-1)  # (stream, B, 1)
         rows = (single.unsqueeze(1) * cotangents).view(batch * count, batch, hidden)
         grads = _batched_grad(end, [parameters[number] for number in numbers], rows, graph)
+        pairs = [torch.view_as_real(g.resolve_conj()) if g is not None and g.is_complex() else g for g in grads]
         return [
             (number, Factor(0, grad.reshape(batch, count, 1, -1).to(end.dtype), None))
-            for number, grad in zip(numbers, grads, strict=True)
+            for number, grad in zip(numbers, pairs, strict=True)
             if grad is not None
         ]
 
@@ -204,12 +258,143 @@ class GraphCapture:
         terms, start = [], 0
         for number, factor in pieces:
             tau, m = factor.delta.shape[-2:]
-            z = None if factor.z is None else factor.z.to(like.dtype).contiguous()
+            # A copy: it may be the caller's memory, who may use it again before the segment is committed.
+            z = None if factor.z is None else factor.z.to(like.dtype).clone(memory_format=torch.contiguous_format)
             terms.append(Term(self.offsets[number] + factor.column, start, tau, m, z))
             start += tau * m
         if not terms:
             return Factors(like.new_zeros(batch, rows, 0), ())
         return Factors(torch.cat([factor.delta.flatten(-2) for _, factor in pieces], dim=-1), tuple(terms))
+
+
+class Tolerance:
+    """How far two results of a segment's arithmetic may be apart by rounding.
+
+    Args:
+        end: state that left the segment.
+        gradients: gradients that were taken of it; a hundredth of the largest counts where values are smaller, since
+            they may be what is left of larger ones.
+        graph: the graph; its coarsest dtype is looked for only where a finer one does not explain a difference.
+    """
+
+    def __init__(self, end: Tensor, gradients: list[Tensor], graph: SegmentGraph) -> None:
+        self._dtypes = {end.dtype, *(g.dtype for g in gradients)}
+        sizes = [g.abs().amax().double() for g in gradients if g.numel()]
+        self._floor = 1e-2 * max(torch.stack(sizes).tolist()) if sizes else 0.0
+        self._cuda = end.is_cuda
+        self._graph = graph
+        self._whole_graph = False
+        self._relative = self._of_dtypes()
+
+    def _of_dtypes(self) -> float:
+        return min(0.2, 50 * _rounding(self._dtypes, self._cuda, self._graph) ** 0.75)
+
+    def explains(self, error: float, scale: float) -> bool:
+        """Whether rounding explains an error of values of this size."""
+        scale = max(scale, self._floor)
+        if error <= self._relative * scale:
+            return True
+        if not self._whole_graph:
+            self._whole_graph = True
+            self._dtypes |= self._graph.floating_dtypes()
+            self._relative = self._of_dtypes()
+        return error <= self._relative * scale
+
+
+class UseRows(NamedTuple):
+    """What the backward pass gave at the output of a known map."""
+
+    use: Use
+    delta: Tensor
+    """One row per cotangent, ``(n, *output shape)``."""
+    seen: Tensor
+    """The row of the probe, ``(1, *output shape)``."""
+
+
+def _factors(rows_of: list[UseRows], layout: Layout, coefficients: Tensor, tolerance: Tolerance) -> list[Factor] | None:
+    """Factors of one parameter by a layout; None where the layout puts rows to other streams than their own.
+
+    Args:
+        rows_of: the uses of the parameter.
+        layout: where the streams are in the rows.
+        coefficients: of the cotangents in the probe, ``(B, n)``.
+        tolerance: of the segment.
+    """
+    out = []
+    for use, delta, seen in rows_of:
+        factor, by_probe = use.build(delta, layout), use.build(seen, layout)
+        if factor is None or by_probe is None:
+            return None
+        combined = torch.einsum("bn,bntm->btm", coefficients, factor.delta)
+        if not _agree(combined, by_probe.delta[:, 0], tolerance):
+            return None
+        out.append(factor)
+    return out
+
+
+def _agree(found: Tensor, probed: Tensor | None, tolerance: Tolerance) -> bool:
+    """Whether what the rows give for the probe is what the probe gave; where that is not finite nothing shows."""
+    if probed is None or not found.numel():
+        return True
+    error, scale = torch.stack(
+        [(found - probed).abs().amax(), torch.maximum(found.abs(), probed.abs()).amax()]
+    ).tolist()
+    return not math.isfinite(error) or tolerance.explains(error, scale)
+
+
+def _check_linear(
+    end: Tensor, inputs: list[Any], probe: Tensor, probed: list[Tensor | None], tolerance: Tolerance
+) -> None:
+    """Refuse a segment whose backward pass does not scale with what is sent back.
+
+    Args:
+        end: state that left the segment.
+        inputs: what was differentiated by.
+        probe: a cotangent, ``(B, H)``.
+        probed: gradients of the scaled probe, divided by the scale.
+        tolerance: of the segment.
+
+    Raises:
+        ContractError: with the likely reasons.
+    """
+    unscaled = torch.autograd.grad(end, inputs, probe, retain_graph=True, allow_unused=True)
+    if not all(g is None or _agree(g, scaled, tolerance) for g, scaled in zip(unscaled, probed, strict=True)):
+        raise ContractError(
+            [
+                "the backward pass of the segment is not linear: a hook on a tensor, or a custom backward pass, clips,"
+                " normalises or branches on gradients. The influence cannot be carried through it: remove it, and clip"
+                " the parameters' gradients after backward instead"
+            ]
+        )
+
+
+def _refuse_coupled(graph: SegmentGraph) -> NoReturn:
+    """Refuse a segment in which one stream's new state depends on another's old one.
+
+    Raises:
+        ContractError: with the likely reasons.
+    """
+    reasons = []
+    if graph.has(REORDERING):
+        reasons.append(
+            "rows are reordered or gathered across the batch (as h[order] in beam search), so that a stream goes on in"
+            " the order of another: put the rows back before carry(h), or reset the streams that were replaced"
+        )
+    if graph.has(STATISTICS):
+        reasons.append("a statistic or a limit over the batch (sum, mean, sort, cumsum, softmax over dimension 0)")
+    reasons.append(
+        "dimension batch_dim of the state is not the streams (the state of nn.LSTM needs batch_dim=1; nodes of a graph"
+        " or particles that interact are one stream: give the state a dimension of size one in front)"
+    )
+    raise ContractError(
+        ["the streams of the batch influence each other through the state. Likely reasons: " + "; ".join(reasons)]
+    )
+
+
+REORDERING = ("Index", "Gather", "Roll", "Flip", "Take", "Scatter", "Sort")
+"""Beginnings of the names of nodes that can move rows."""
+STATISTICS = ("Sum", "Mean", "Cumsum", "Var", "Std", "Softmax", "LogSoftmax", "Max", "Amax", "Norm", "NativeBatchNorm")
+"""Beginnings of the names of nodes that can join rows."""
 
 
 def _rounding(dtypes: set[torch.dtype], cuda: bool, graph: SegmentGraph) -> float:
@@ -227,6 +412,8 @@ def _rounding(dtypes: set[torch.dtype], cuda: bool, graph: SegmentGraph) -> floa
 
 def _batched_grad(end: Tensor, inputs: list[Any], cotangents: Tensor, graph: SegmentGraph) -> list[Tensor | None]:
     """Gradients for a batch of cotangents ``(n, *end.shape)``, stacked; row by row where torch cannot batch them."""
+    if not inputs:
+        return []
     if not graph.compiled:
         try:
             return list(

@@ -13,6 +13,7 @@ from sparse_rtrl.influence import check_finite
 from sparse_rtrl.methods.past import check_like, too_late
 from sparse_rtrl.parameter_uses import SegmentGraph
 from sparse_rtrl.parameters import RecurrentParameter
+from sparse_rtrl.verify import Verifier
 
 
 class Diagonal:
@@ -27,7 +28,7 @@ class Diagonal:
 
     name: ClassVar[str] = "diagonal"
 
-    def __init__(self, cell: DiagonalCell, commit_every: int | str = "auto") -> None:
+    def __init__(self, cell: DiagonalCell, commit_every: int | str = "auto", verifier: Verifier | None = None) -> None:
         self.cell = cell
         self.commit_every = commit_every
         self.segments = 0
