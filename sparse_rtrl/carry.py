@@ -299,7 +299,7 @@ class Carry:
         Raises:
             ContractError: naming the parameters whose error is more than rounding; an approximate method has some.
         """
-        fresh = Carry(self.module, **{**self._options, "verify": "always"})
+        fresh = Carry(self.module, **{**self._options, "verify": "always", "generator": None})
         return compare_with_bptt(fresh, step, xs, state)
 
     def __copy__(self) -> Carry:
@@ -477,8 +477,15 @@ class Carry:
             idle = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
             if idle:
                 raise ValueError(f"{argument} names {idle}, but the parameters are {names}")
-        if not any(p.trainable for p in self._selected()):
+        selected = self._selected()
+        if not any(p.trainable for p in selected):
             raise ValueError("module has no trainable parameter to carry")
+        sparse = [p.name for p in selected if getattr(p.module, "sparse", False) and p.attribute == "weight"]
+        if sparse:
+            raise ValueError(
+                f"module has parameters with sparse gradients, {sparse}, but gradients through the past are dense: use"
+                " nn.Embedding(..., sparse=False), or exclude them"
+            )
 
     def _selected(self) -> list[RecurrentParameter]:
         """Parameters that may be carried, frozen ones included; their columns are not yet assigned."""
