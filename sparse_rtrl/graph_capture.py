@@ -54,6 +54,7 @@ class GraphCapture:
         self.noted: set[str] = set() if noted is None else noted
         self.dense = dense
         self._known: dict[Any, dict[int, list[Layout]]] = {}
+        self._coefficients: Tensor | None = None
 
     def segment(
         self,
@@ -96,49 +97,74 @@ class GraphCapture:
             cotangents = eye.unsqueeze(1).expand(-1, batch, -1)
         count = len(cotangents)
         uses, dense = self._uses(parameters, graph, batch)
-        generator = torch.Generator().manual_seed(0)
-        coefficients = torch.randn(batch, count, generator=generator, dtype=torch.float64).to(end)
+        coefficients = self._coefficients_for(batch, count, end)
         probe = torch.einsum("bn,nbh->bh", coefficients, cotangents)
-        rows = torch.cat((cotangents, PROBE_SCALE * probe.unsqueeze(0)))
+        rows = torch.cat((cotangents, probe.unsqueeze(0)))
         inputs = [*([] if entry is None else [entry]), *(GradientEdge(use.node, 0) for use in uses)]
         found = _batched_grad(end, inputs, rows, graph)
-        probed = [None if g is None else g[count] / PROBE_SCALE for g in found]
-        tolerance = Tolerance(end, [g[count] / PROBE_SCALE for g in found if g is not None], graph)
-        J = end.new_zeros(cotangents.shape)
+        tolerance = Tolerance(end, found, graph)
+        J = end.new_zeros(batch, count, hidden)
         if entry is not None and found[0] is not None:
-            J = found[0][:count]
-            if not _agree(torch.einsum("bn,nbh->bh", coefficients, J), probed[0], tolerance):
-                _check_linear(end, inputs, probe, probed, tolerance)
+            through = found[0].transpose(0, 1)
+            J = through[:, :count]
+            if not tolerance.explains(_disagreement(through, coefficients, tolerance)):
+                _check_linear(end, inputs, probe, found, tolerance)
                 _refuse_coupled(graph)
-        first = len(inputs) - len(uses)
-        of_uses = [
-            (use, delta, seen)
-            for use, delta, seen in zip(uses, found[first:], probed[first:], strict=True)
-            if delta is not None and seen is not None
-        ]
+        of_uses = [(use, g) for use, g in zip(uses, found[len(inputs) - len(uses) :], strict=True) if g is not None]
         # A complex output of a map has no real factors.
-        in_complex = {use.parameter for use, delta, _ in of_uses if delta.is_complex()}
-        rows_of = [
-            UseRows(use, delta[:count].to(end.dtype), seen.unsqueeze(0).to(end.dtype))
-            for use, delta, seen in of_uses
-            if use.parameter not in in_complex
-        ]
+        in_complex = {use.parameter for use, g in of_uses if g.is_complex()}
+        rows_of = [UseRows(use, g.to(end.dtype)) for use, g in of_uses if use.parameter not in in_complex]
         formulas = self._formulas(end, entry, parameters, rows_of, cotangents, graph, tolerance)
-        pieces: list[tuple[int, Factor]] = []
-        misplaced: list[int] = []
+        layouts = {number: known[0] for number, known in formulas.items() if known}
+        factors, terms = self._join(self._pieces(rows_of, layouts), batch, count + 1, end)
+        if not tolerance.explains(_disagreement(factors, coefficients, tolerance)):
+            _check_linear(end, inputs, probe, found, tolerance)
+            layouts = self._placed(rows_of, formulas, coefficients, tolerance)
+            factors, terms = self._join(self._pieces(rows_of, layouts), batch, count + 1, end)
+        dense += [*sorted(in_complex), *(number for number in formulas if number not in layouts)]
+        self._note_dense(dense, graph)
+        factors = factors[:, :count].contiguous()
+        if dense:
+            pieces = self._dense_pieces(end, parameters, dense, cotangents, graph)
+            more, dense_terms = self._join(pieces, batch, count, end, factors.shape[2])
+            factors, terms = torch.cat((factors, more), dim=2), terms + dense_terms
+        return J, Factors(factors, terms)
+
+    def _coefficients_for(self, batch: int, count: int, like: Tensor) -> Tensor:
+        """Coefficients of the cotangents in the probe, ``(B, n)``: other ones for every stream."""
+        kept = self._coefficients
+        if kept is None or kept.shape != (batch, count) or kept.dtype != like.dtype or kept.device != like.device:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(batch, count, generator=generator, dtype=torch.float64)
+            kept = self._coefficients = PROBE_SCALE * drawn.to(like)
+        return kept
+
+    def _pieces(self, rows_of: list[UseRows], layouts: dict[int, Layout]) -> list[tuple[int, Factor]]:
+        """Factors of the parameters that have a layout."""
+        out = []
+        for use, delta in rows_of:
+            if use.parameter in layouts:
+                factor = use.build(delta, layouts[use.parameter])
+                assert factor is not None
+                out.append((use.parameter, factor))
+        return out
+
+    def _placed(
+        self, rows_of: list[UseRows], formulas: dict[int, list[Layout]], coefficients: Tensor, tolerance: Tolerance
+    ) -> dict[int, Layout]:
+        """For each parameter a layout that puts all rows to their own streams; those without one are left out."""
+        out: dict[int, Layout] = {}
         for number, layouts in formulas.items():
             mine = [rows for rows in rows_of if rows.use.parameter == number]
-            factors = next(filter(None, (_factors(mine, layout, coefficients, tolerance) for layout in layouts)), None)
-            if factors is None:
-                misplaced.append(number)
-            else:
-                pieces += [(number, factor) for factor in factors]
-        if any(formulas[number] for number in misplaced):
-            _check_linear(end, inputs, probe, probed, tolerance)
-        dense += [*sorted(in_complex), *misplaced]
-        self._note_dense(dense, graph)
-        pieces += self._dense_pieces(end, parameters, dense, cotangents, graph)
-        return J.transpose(0, 1), self._join(pieces, batch, count, end)
+            for layout in layouts:
+                factors = [factor for _, factor in self._pieces(mine, {number: layout})]
+                wrong = [_disagreement(factor.delta.flatten(2), coefficients, tolerance) for factor in factors]
+                if all(tolerance.explains(error) for error in wrong):
+                    out[number] = layout
+                    layouts.remove(layout)
+                    layouts.insert(0, layout)  # tried first the next time
+                    break
+        return out
 
     def _uses(self, parameters: list[Tensor], graph: SegmentGraph, batch: int) -> tuple[list[Use], list[int]]:
         """Known uses of the parameters that reach the state, and the numbers of those that have another one."""
@@ -175,7 +201,7 @@ class GraphCapture:
         signature = (tuple(graph.names), shapes, entry is None)
         formulas = self._known.get(signature)
         if formulas is None:
-            formulas, certain = self._verified_formulas(end, parameters, rows_of, cotangents, tolerance)
+            formulas, certain = self._verified_formulas(end, entry, parameters, rows_of, cotangents, graph, tolerance)
             if certain:
                 self._known[signature] = formulas
         return formulas
@@ -193,26 +219,38 @@ class GraphCapture:
     def _verified_formulas(
         self,
         end: Tensor,
+        entry: Tensor | None,
         parameters: list[Tensor],
         rows_of: list[UseRows],
         cotangents: Tensor,
+        graph: SegmentGraph,
         tolerance: Tolerance,
     ) -> tuple[dict[int, list[Layout]], bool]:
-        """For each parameter the layouts whose factors agree with an ordinary backward pass.
+        """For each parameter the layouts whose factors agree with an ordinary backward pass of half of the streams.
 
         Also whether another segment may rely on it: not where nothing is seen because a gradient is zero, as that of a
         weight which multiplies a state of zeros.
+
+        Raises:
+            ContractError: if the states of the other half get any gradient at all.
         """
-        batch = end.shape[0]
+        batch, count = end.shape[0], len(cotangents)
         numbers = sorted({rows.use.parameter for rows in rows_of})
-        if not numbers:
-            return {}, False
         generator = torch.Generator(device="cpu").manual_seed(0)
-        c = torch.randn(batch, len(cotangents), generator=generator, dtype=torch.float64).to(end)
+        c = torch.randn(batch, count, generator=generator, dtype=torch.float64)
+        silent = torch.randperm(batch, generator=generator)[: batch // 2]
+        c[silent] = 0
+        c = c.to(end)
         v = torch.einsum("bn,nbh->bh", c, cotangents)
-        truth = torch.autograd.grad(end, [parameters[n] for n in numbers], v, retain_graph=True, allow_unused=True)
-        if not all(bool(torch.isfinite(g).all()) for g in truth if g is not None):
+        wanted = [*([] if entry is None else [entry]), *(parameters[n] for n in numbers)]
+        if not wanted:
+            return {}, False
+        truth = list(torch.autograd.grad(end, wanted, v, retain_graph=True, allow_unused=True))
+        back = None if entry is None else truth.pop(0)
+        if not all(bool(torch.isfinite(g).all()) for g in (back, *truth) if g is not None):
             return {n: ["outer"] for n in numbers}, False  # nothing to compare with; the caller refuses the segment
+        if back is not None and bool(back[silent.to(end.device)].any()):
+            _refuse_coupled(graph)
         certain = True
         scale = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
         out: dict[int, list[Layout]] = {}
@@ -223,7 +261,7 @@ class GraphCapture:
             g = end.new_zeros(size) if expected is None else expected.flatten().to(end.dtype)
             own = max(float(g.abs().max()), 1e-2 * scale)
             for layout in ("outer", "inner"):
-                factors = [rows.use.build(rows.delta, layout) for rows in mine]
+                factors = [rows.use.build(rows.delta[:count], layout) for rows in mine]
                 if any(factor is None for factor in factors):
                     continue
                 total = end.new_zeros(size)
@@ -232,7 +270,7 @@ class GraphCapture:
                     z = factor.z
                     part = (pulled.sum((0, 1)) if z is None else torch.einsum("btm,btj->mj", pulled, z)).flatten()
                     total[factor.column : factor.column + part.numel()] += part
-                if tolerance.explains(float((total - g).abs().max()), own):
+                if tolerance.explains(float((total - g).abs().max()) / own if own else 0.0):
                     out[number].append(layout)
             certain &= expected is not None and bool(expected.any())
         return out, certain
@@ -254,8 +292,11 @@ class GraphCapture:
             if grad is not None
         ]
 
-    def _join(self, pieces: list[tuple[int, Factor]], batch: int, rows: int, like: Tensor) -> Factors:
-        terms, start = [], 0
+    def _join(
+        self, pieces: list[tuple[int, Factor]], batch: int, rows: int, like: Tensor, start: int = 0
+    ) -> tuple[Tensor, tuple[Term, ...]]:
+        """Deltas of factors side by side, ``(B, rows, Σ τ m)``, and how to read them, counted from ``start``."""
+        terms = []
         for number, factor in pieces:
             tau, m = factor.delta.shape[-2:]
             # A copy: it may be the caller's memory, who may use it again before the segment is committed.
@@ -263,8 +304,16 @@ class GraphCapture:
             terms.append(Term(self.offsets[number] + factor.column, start, tau, m, z))
             start += tau * m
         if not terms:
-            return Factors(like.new_zeros(batch, rows, 0), ())
-        return Factors(torch.cat([factor.delta.flatten(-2) for _, factor in pieces], dim=-1), tuple(terms))
+            return like.new_zeros(batch, rows, 0), ()
+        return torch.cat([factor.delta.flatten(-2) for _, factor in pieces], dim=-1), tuple(terms)
+
+
+class UseRows(NamedTuple):
+    """What the backward pass gave at the output of a known map."""
+
+    use: Use
+    delta: Tensor
+    """One row per cotangent, and one of the probe, ``(n + 1, *output shape)``."""
 
 
 class Tolerance:
@@ -272,15 +321,17 @@ class Tolerance:
 
     Args:
         end: state that left the segment.
-        gradients: gradients that were taken of it; a hundredth of the largest counts where values are smaller, since
-            they may be what is left of larger ones.
+        found: gradients of the cotangents and the probe, ``(n + 1, ...)`` each.
         graph: the graph; its coarsest dtype is looked for only where a finer one does not explain a difference.
     """
 
-    def __init__(self, end: Tensor, gradients: list[Tensor], graph: SegmentGraph) -> None:
-        self._dtypes = {end.dtype, *(g.dtype for g in gradients)}
-        sizes = [g.abs().amax().double() for g in gradients if g.numel()]
-        self._floor = 1e-2 * max(torch.stack(sizes).tolist()) if sizes else 0.0
+    def __init__(self, end: Tensor, found: list[Tensor | None], graph: SegmentGraph) -> None:
+        probed = [g[-1] for g in found if g is not None and g.numel()]
+        self.smallest = end.new_zeros(())
+        """Smaller values of the probe may be what is left of larger ones: a hundredth of the largest."""
+        if probed:
+            self.smallest = 1e-2 * torch.stack([g.abs().amax().to(end.dtype) for g in probed]).amax()
+        self._dtypes = {end.dtype, *(g.dtype for g in probed)}
         self._cuda = end.is_cuda
         self._graph = graph
         self._whole_graph = False
@@ -289,83 +340,56 @@ class Tolerance:
     def _of_dtypes(self) -> float:
         return min(0.2, 50 * _rounding(self._dtypes, self._cuda, self._graph) ** 0.75)
 
-    def explains(self, error: float, scale: float) -> bool:
-        """Whether rounding explains an error of values of this size."""
-        scale = max(scale, self._floor)
-        if error <= self._relative * scale:
+    def explains(self, error: float) -> bool:
+        """Whether rounding explains a relative error; one that is not finite is left to the check of the segment."""
+        if error <= self._relative or not math.isfinite(error):
             return True
         if not self._whole_graph:
             self._whole_graph = True
             self._dtypes |= self._graph.floating_dtypes()
             self._relative = self._of_dtypes()
-        return error <= self._relative * scale
+        return error <= self._relative
 
 
-class UseRows(NamedTuple):
-    """What the backward pass gave at the output of a known map."""
-
-    use: Use
-    delta: Tensor
-    """One row per cotangent, ``(n, *output shape)``."""
-    seen: Tensor
-    """The row of the probe, ``(1, *output shape)``."""
-
-
-def _factors(rows_of: list[UseRows], layout: Layout, coefficients: Tensor, tolerance: Tolerance) -> list[Factor] | None:
-    """Factors of one parameter by a layout; None where the layout puts rows to other streams than their own.
-
-    Args:
-        rows_of: the uses of the parameter.
-        layout: where the streams are in the rows.
-        coefficients: of the cotangents in the probe, ``(B, n)``.
-        tolerance: of the segment.
-    """
-    out = []
-    for use, delta, seen in rows_of:
-        factor, by_probe = use.build(delta, layout), use.build(seen, layout)
-        if factor is None or by_probe is None:
-            return None
-        combined = torch.einsum("bn,bntm->btm", coefficients, factor.delta)
-        if not _agree(combined, by_probe.delta[:, 0], tolerance):
-            return None
-        out.append(factor)
-    return out
-
-
-def _agree(found: Tensor, probed: Tensor | None, tolerance: Tolerance) -> bool:
-    """Whether what the rows give for the probe is what the probe gave; where that is not finite nothing shows."""
-    if probed is None or not found.numel():
-        return True
-    error, scale = torch.stack(
-        [(found - probed).abs().amax(), torch.maximum(found.abs(), probed.abs()).amax()]
-    ).tolist()
-    return not math.isfinite(error) or tolerance.explains(error, scale)
+def _disagreement(rows: Tensor, coefficients: Tensor, tolerance: Tolerance) -> float:
+    """Largest relative difference of the probe, the last of ``rows (B, n + 1, k)``, from the others combined."""
+    if not rows.numel():
+        return 0.0
+    combined = torch.bmm(coefficients.unsqueeze(1), rows[:, :-1]).squeeze(1)
+    probed = rows[:, -1]
+    sizes = torch.maximum(torch.maximum(combined.abs(), probed.abs()), tolerance.smallest)
+    return float(((combined - probed).abs() / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).amax())
 
 
 def _check_linear(
-    end: Tensor, inputs: list[Any], probe: Tensor, probed: list[Tensor | None], tolerance: Tolerance
+    end: Tensor, inputs: list[Any], probe: Tensor, found: list[Tensor | None], tolerance: Tolerance
 ) -> None:
     """Refuse a segment whose backward pass does not scale with what is sent back.
 
     Args:
         end: state that left the segment.
         inputs: what was differentiated by.
-        probe: a cotangent, ``(B, H)``.
-        probed: gradients of the scaled probe, divided by the scale.
+        probe: the last of the cotangents, ``(B, H)``.
+        found: gradients of the cotangents, ``(n + 1, ...)`` each.
         tolerance: of the segment.
 
     Raises:
         ContractError: with the likely reasons.
     """
-    unscaled = torch.autograd.grad(end, inputs, probe, retain_graph=True, allow_unused=True)
-    if not all(g is None or _agree(g, scaled, tolerance) for g, scaled in zip(unscaled, probed, strict=True)):
-        raise ContractError(
-            [
-                "the backward pass of the segment is not linear: a hook on a tensor, or a custom backward pass, clips,"
-                " normalises or branches on gradients. The influence cannot be carried through it: remove it, and clip"
-                " the parameters' gradients after backward instead"
-            ]
-        )
+    smaller = torch.autograd.grad(end, inputs, probe / PROBE_SCALE, retain_graph=True, allow_unused=True)
+    for small, rows in zip(smaller, found, strict=True):
+        if small is None or rows is None or not rows.numel():
+            continue
+        error = (PROBE_SCALE * small - rows[-1]).abs().amax()
+        size = torch.maximum(rows[-1].abs().amax(), PROBE_SCALE * small.abs().amax())
+        if not tolerance.explains(float(error / torch.maximum(size, tolerance.smallest))):
+            raise ContractError(
+                [
+                    "the backward pass of the segment is not linear: a hook on a tensor, or a custom backward pass,"
+                    " clips, normalises or branches on gradients. The influence cannot be carried through it: remove"
+                    " it, and clip the parameters' gradients after backward instead"
+                ]
+            )
 
 
 def _refuse_coupled(graph: SegmentGraph) -> NoReturn:
@@ -382,6 +406,7 @@ def _refuse_coupled(graph: SegmentGraph) -> NoReturn:
         )
     if graph.has(STATISTICS):
         reasons.append("a statistic or a limit over the batch (sum, mean, sort, cumsum, softmax over dimension 0)")
+    reasons.append("an adaptive solver that chooses one step size for the whole batch")
     reasons.append(
         "dimension batch_dim of the state is not the streams (the state of nn.LSTM needs batch_dim=1; nodes of a graph"
         " or particles that interact are one stream: give the state a dimension of size one in front)"
