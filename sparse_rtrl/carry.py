@@ -18,6 +18,7 @@ from sparse_rtrl.engine import checked_mask
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError, DisagreementError
 from sparse_rtrl.estimate import DiagonalEstimate, estimate
+from sparse_rtrl.hidden_state import HiddenStates
 from sparse_rtrl.methods import METHODS, Diagonal, Method, Past
 from sparse_rtrl.parameter_uses import SegmentGraph, walk
 from sparse_rtrl.parameters import RecurrentParameter
@@ -161,6 +162,7 @@ class Carry:
         self._entry: Tensor | None = None
         self._opened: _Entry | None = None
         self._capturing = False
+        self._hidden = HiddenStates(module)
         self._resumed = False
         """Whether the influence is that of the state which comes next, so that its graph has been captured before."""
 
@@ -196,6 +198,8 @@ class Carry:
             if self._entry is not None or (end.requires_grad and not self._resumed):
                 self._capture_segment(end, self._entry, selected)
         self._resumed = False
+        if self.method != "truncated":
+            self._hidden.watch(end)
         self._note_joining(selected)
         tensors = [p.tensor for p in selected]
         self._opened = _Entry(self, self._past.segments, selected, tensors)
@@ -311,6 +315,7 @@ class Carry:
         """Everything but the graph of the segment that is open: a copy goes on with ``h = carry(h)``."""
         self._verifier.settle()
         resumed = self._resumed or self._entry is not None
+        self._hidden.forget()
         return {**vars(self), "_entry": None, "_opened": None, "_resumed": resumed}
 
     def state_dict(self) -> dict[str, Any]:
@@ -341,6 +346,8 @@ class Carry:
         dtype = torch.float32
         for part in parts:
             dtype = torch.promote_types(dtype, part.dtype)
+        if not any(part.numel() for part in parts):
+            raise ValueError(f"state must hold numbers, got tensors of shapes {[tuple(p.shape) for p in parts]}")
         rows = [part.movedim(self.batch_dim, 0) for part in parts]
         return torch.cat([row.reshape(len(row), row.shape[1:].numel()).to(dtype) for row in rows], dim=1)
 
@@ -369,7 +376,11 @@ class Carry:
                 " returned, with its graph; before a new sequence call carry.reset()"
             )
         self._check_reached(graph)
-        self._check_attributes(end, entry)
+        if entry is not None and entry.shape != end.shape:
+            raise ValueError(
+                f"state must keep its size (B, H): the state that carry returned last has {tuple(entry.shape)} numbers,"
+                f" this one {tuple(end.shape)}. Start with the whole state, or with carry(state) after the first step"
+            )
         try:
             self._capturing = True
             if entry is None:
@@ -423,31 +434,9 @@ class Carry:
             if id(variable) not in own:
                 raise RuntimeError(
                     f"a trainable tensor of shape {tuple(variable.shape)} reaches the state but is no parameter of the"
-                    " module given to Carry: give Carry a module that holds it, or detach what is computed from it"
+                    " module given to Carry: give Carry a module that holds it, or detach what is computed from it. (A"
+                    " first state that a module makes by itself with requires_grad=True is such a tensor: give it one)"
                 )
-
-    def _check_attributes(self, end: Tensor, entry: Tensor | None) -> None:
-        """Refuse a second state that the module keeps in an attribute: what it carries on is not in the first one."""
-        if entry is None:
-            return
-        batch = len(end)
-        for prefix, owner in self.module.named_modules():
-            for attribute, value in [*vars(owner).items(), *owner._buffers.items()]:
-                if attribute in _MODULE_FIELDS or value is None:
-                    continue
-                for tensor in _tensors_in(value):
-                    if tensor.grad_fn is None or batch not in tensor.shape:
-                        continue
-                    if _reaches(tensor.grad_fn, entry.grad_fn) and not _is_part(tensor, end):
-                        name = f"{prefix}.{attribute}" if prefix else attribute
-                        raise ContractError(
-                            [
-                                f"module.{name} holds a tensor {tuple(tensor.shape)} computed from the state, which is"
-                                " not part of the state given to carry: a second state inside the module is not"
-                                " carried. Let the module take and return it with the state (for snnTorch"
-                                " init_hidden=False); if it is only a record, detach it"
-                            ]
-                        )
 
     def _check_shapes(self, selected: list[RecurrentParameter]) -> None:
         """Refuse parameters whose shape changed since they are carried."""
@@ -524,51 +513,3 @@ def _parameters_of(module: nn.Module) -> list[RecurrentParameter]:
 
 class _ComplexParameter(RecurrentParameter):
     """A complex parameter, carried as pairs of real numbers: its shape here ends in 2."""
-
-
-_MODULE_FIELDS = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
-
-
-_MOVES = (
-    *("Cat", "Stack", "Permute", "Transpose", "View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Squeeze"),
-    "Unsqueeze",
-)
-"""Beginnings of the names of nodes that put the tensors of a state side by side."""
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    """Tensors in a nest of tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (tuple, list, dict)):
-        return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return []
-
-
-def _reaches(node: Any, target: Any) -> bool:
-    """Whether a node of the graph leads to another one."""
-    stack, seen = [node], {node}
-    while stack:
-        node = stack.pop()
-        if node is target:
-            return True
-        for source, _ in node.next_functions:
-            if source is not None and source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return False
-
-
-def _is_part(tensor: Tensor, end: Tensor) -> bool:
-    """Whether a flat state ``(B, H)`` was put together from a tensor: only by moving its entries."""
-    stack = [end.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if node is tensor.grad_fn:
-            return True
-        if node.name().startswith(_MOVES):
-            stack += [source for source, _ in node.next_functions]
-    return False

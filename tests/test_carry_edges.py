@@ -381,6 +381,19 @@ def test_float32_inside_a_float64_module_is_no_coupling():
         assert worst_error(carried(m, call, x, lambda: torch.zeros(B, H, **F64)), expected) <= 1e-5
 
 
+def test_weak_coupling_in_float32_is_refused():
+    class Weak(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.rec = nn.Linear(2, H), nn.Linear(H, H)
+
+        def forward(self, x, h):
+            return torch.tanh(self.lin(x) + self.rec(h) * (1 + 1e-6 * h.roll(1, 0).sum(1, keepdim=True)))
+
+    with pytest.raises(ContractError, match="influence each other"):
+        carried(Weak(), call, torch.randn(T, B, 2), lambda: torch.zeros(B, H), verify="never")
+
+
 # Hooks and backward passes.
 
 
@@ -468,32 +481,80 @@ def bptt_of_losses(m, x, since):
 
 
 class Inner(nn.Module):
-    """Keeps its own trace and cuts it off itself."""
+    """Keeps a trace of its own, which the loop detaches after every segment."""
 
-    def __init__(self, record=None):
+    def __init__(self, place="attribute"):
         super().__init__()
-        self.cell, self.decay, self.record = nn.GRUCell(2, H, **F64), nn.Parameter(torch.tensor(0.5, **F64)), record
-        self.trace = None
+        self.cell, self.decay = nn.GRUCell(2, H, **F64), nn.Parameter(torch.tensor(0.5, **F64))
+        self.place, self.trace, self.traces, self.box = place, None, {}, Box()
+
+    def get(self):
+        return {"attribute": self.trace, "dict": self.traces.get("one"), "object": self.box.trace}[self.place]
+
+    def put(self, trace):
+        if self.place == "attribute":
+            self.trace = trace
+        elif self.place == "dict":
+            self.traces["one"] = trace
+        else:
+            self.box.trace = trace
 
     def forward(self, x, h):
-        before = 0.0 if self.trace is None else self.trace.detach()
-        h = self.cell(x, h)
-        now = self.decay * before + h
-        if self.record is None:
-            self.trace = now
-            return torch.tanh(now)
-        self.seen = {"mean": h.mean(), "rows": h.detach(), "state": h}[self.record]
+        before = 0.0 if self.get() is None else self.get()
+        self.put(self.decay * before + (h if self.place == "attribute" else torch.tanh(self.decay * x[:, :1])))
+        return torch.tanh(self.cell(x, h) + self.get())
+
+
+class Box:
+    trace = None
+
+
+@pytest.mark.parametrize("place", ["attribute", "dict", "object"])
+def test_a_second_state_that_the_loop_detaches_is_refused(place):
+    m = Inner(place)
+    where = {"attribute": r"module\.trace", "dict": r"module\.traces\['one'\]", "object": r"module\.box\.trace"}[place]
+
+    def detach(t, h):
+        m.put(m.get().detach())
         return h
 
+    with pytest.raises(ContractError, match=where + r" holds a tensor .* detached since"):
+        carried(m, call, inputs(), lambda: torch.zeros(B, H, **F64), detach, verify="never")
 
-def test_a_second_state_in_an_attribute_is_refused():
-    with pytest.raises(ContractError, match=r"module\.trace holds a tensor \(3, 5\) computed from the state"):
+
+def test_a_second_state_that_stays_attached_is_refused():
+    with pytest.raises(RuntimeError, match="returned earlier than the last one"):
         carried(Inner(), call, inputs(), lambda: torch.zeros(B, H, **F64), verify="never")
 
 
-@pytest.mark.parametrize("record", ["mean", "rows", "state"])
-def test_records_in_attributes_are_no_state(record):
-    assert exact(Inner(record), call, inputs(), lambda: torch.zeros(B, H, **F64))
+class Recorder(nn.Module):
+    """Keeps records that it does not read, and a trace that it detaches itself as backpropagation would see it too."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.trace, self.seen = nn.GRUCell(2, H, **F64), None, None
+
+    def forward(self, x, h):
+        before = 0.0 if self.trace is None else self.trace.detach()
+        h = self.cell(x, h + before)
+        self.trace, self.seen = 0.5 * torch.tanh(h), {"mean": h.mean(), "rows": h, "weights": h.softmax(1)}
+        return h
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_records_in_attributes_are_no_state(drop):
+    m, x = Recorder(), inputs()
+
+    def between(t, h):
+        if drop:
+            m.seen = None
+        return h
+
+    first = lambda: torch.zeros(B, H, **F64)  # noqa: E731
+    expected = bptt(m, call, x, first)
+    m.trace = None
+    assert worst_error(carried(m, call, x, first, between), expected) <= EXACT
+    assert not m._forward_pre_hooks or len(m._forward_pre_hooks) == 1
 
 
 # Distributed data parallel.
@@ -663,6 +724,16 @@ def test_check_compares_with_bptt():
 
 
 # Messages.
+
+
+def test_states_that_grow_or_are_empty_are_named():
+    m = nn.LSTMCell(2, H, **F64)
+    carry, zeros = Carry(m), torch.zeros(B, H, **F64)
+    h = carry((zeros, None))
+    with pytest.raises(ValueError, match=r"must keep its size \(B, H\): .* \(3, 5\) numbers, this one \(3, 10\)"):
+        carry(m(inputs()[0], (h[0], zeros)))
+    with pytest.raises(ValueError, match=r"state must hold numbers, got tensors of shapes \[\(0,\)\]"):
+        Carry(m)(torch.zeros(0))
 
 
 def test_resets_take_masks():
