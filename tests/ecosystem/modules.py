@@ -358,12 +358,19 @@ def lif_recurrent() -> Recurrence:
     return Recurrence(module, stepwise(by_call), inputs(B, X), state)
 
 
-@case("`LIFCell`, from None", "norse", remark="its first state requires a gradient that nobody reads")
+FOREIGN_LEAF = {
+    "refusal": "trainable",
+    "around": float64_by_default,
+    "remark": "the first state that it makes requires a gradient that nobody reads: give it a first state",
+}
+
+
+@case("`LIFCell`, from None", "norse", EITHER, **FOREIGN_LEAF)
 def lif_from_none() -> Recurrence:
     return from_none(lif())
 
 
-@case("`LIFRecurrentCell`, from None", "norse", around=float64_by_default, remark="as above")
+@case("`LIFRecurrentCell`, from None", "norse", EITHER, **FOREIGN_LEAF)
 def lif_recurrent_from_none() -> Recurrence:
     return from_none(lif_recurrent())
 
@@ -409,6 +416,17 @@ def mamba_from_none() -> Recurrence:
     recurrence = mamba()
     caches = [(None, torch.zeros_like(inputs)) for _, inputs in recurrence.state]
     return replace(recurrence, state=caches, bare=True)
+
+
+@case(
+    "`Mamba.step`, from `carry((None, zeros))`",
+    "mambapy",
+    EITHER,
+    around=without_rounding,
+    remark="the state gets more tensors in the first segment",
+)
+def mamba_through_none() -> Recurrence:
+    return replace(mamba_from_none(), bare=False)
 
 
 # SRU
@@ -495,7 +513,8 @@ def ode_fixed() -> Recurrence:
 @case(
     'ODE-RNN, `odeint(method="dopri5")`',
     "torchdiffeq",
-    EITHER,
+    REFUSED,
+    refusal="streams",
     remark="the step size depends on all streams, which couples them: take fixed steps, or all streams as one",
 )
 def ode_adaptive() -> Recurrence:
@@ -508,7 +527,8 @@ def ode_adaptive() -> Recurrence:
 @case(
     'ODE-RNN, `odeint(method="dopri5", rtol=1e-2)`, float32',
     "torchdiffeq",
-    EITHER,
+    REFUSED,
+    refusal="streams",
     remark="as above; the coupling is weaker than rounding in one step, and not in the gradient",
     **FLOAT32,
 )
@@ -739,21 +759,14 @@ def dcrnn() -> Recurrence:
     return Recurrence(module, stepwise(step), inputs(NODES, X), torch.randn(1, NODES, 3))
 
 
-@case(
-    "`EvolveGCNO` below a GRU",
-    PYG_TEMPORAL,
-    REFUSED,
-    refusal=r"\bgraph\.weight\b",
-    remark="keeps the weight that it evolves inside; torch_sparse, whose type it names, may be absent",
-)
-def evolve_gcn() -> Recurrence:
+def evolve_gcn(nodes_as_streams: bool) -> Recurrence:
     class Below(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.graph, self.cell = graph_cells().EvolveGCNO(X), nn.GRUCell(NODES * X, H)
+            self.graph, self.cell = graph_cells().EvolveGCNO(X), nn.GRUCell(X if nodes_as_streams else NODES * X, H)
 
         def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-            h = self.cell(self.graph(x, EDGES, WEIGHTS.to(x.dtype)).flatten().unsqueeze(0), h)
+            h = self.cell(self.graph(x, EDGES, WEIGHTS.to(x.dtype)).reshape(len(h), -1), h)
             return h, h
 
     def begin(module: nn.Module) -> None:
@@ -762,4 +775,13 @@ def evolve_gcn() -> Recurrence:
     def detach(module: nn.Module) -> None:
         module.graph.weight = module.graph.weight.detach()
 
-    return Recurrence(Below(), stepwise(by_call), inputs(NODES, X), torch.randn(1, H), begin=begin, detach=detach)
+    state = torch.randn(NODES if nodes_as_streams else 1, H)
+    return Recurrence(Below(), stepwise(by_call), inputs(NODES, X), state, begin=begin, detach=detach)
+
+
+EVOLVING = {
+    "refusal": r"\bgraph\.weight\b",
+    "remark": "keeps the weight that it evolves inside; torch_sparse, whose type it names, may be absent",
+}
+case("`EvolveGCNO` below a GRU of the whole graph", PYG_TEMPORAL, REFUSED, **EVOLVING)(lambda: evolve_gcn(False))
+case("`EvolveGCNO` below a GRU of each node", PYG_TEMPORAL, REFUSED, **EVOLVING)(lambda: evolve_gcn(True))
