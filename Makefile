@@ -9,9 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Only for a torch without CUDA, which brings no Triton of its own.
 TRITON := triton==3.6.0
 DEMO ?=
+FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test fuzz gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -37,6 +38,9 @@ demo: $(STAMP)  ## Train the slot cell with RTRL, BPTT and TBPTT and compare the
 test: $(STAMP)  ## Run the tests, one process per core, and every benchmark once
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-disable
+
+fuzz: $(STAMP)  ## Compare 10,000 random cases with BPTT (about ten minutes on two cores); FUZZ='--seed 20000' for others
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --cases 10000 $(FUZZ)
 
 gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network
 	$(PYTHON) -m bench.gpu_check

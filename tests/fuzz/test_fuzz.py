@@ -1,0 +1,90 @@
+"""A few hundred random cases of every family, and that the comparison can fail. ``make fuzz`` runs thousands."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from . import carry_family, diagonal_family, optimizer_family, slot_family
+from .case import EXACT, Way, is_refusal, judge, worst
+from .draw import Draw
+from .run import FAMILIES, NEEDED, REFUSED_AT_MOST, family_of, refused_share, run_case, table
+
+CASES = 300
+PARTS = 6
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """One run of all cases, shared by the tests of this file."""
+    return [run_case(seed) for seed in range(CASES)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_or_refused(outcomes, family):
+    own = [outcome for outcome in outcomes if outcome.family == family]
+    assert len(own) > CASES // 20
+    failed = [outcome for outcome in own if outcome.failed]
+    assert not failed, f"\n{table(failed)}"
+
+
+def test_few_are_refused_that_must_be_exact(outcomes):
+    refused, ordinary = refused_share(outcomes)
+    assert refused <= REFUSED_AT_MOST * ordinary, table(outcomes)
+
+
+def test_what_must_be_exercised_is(outcomes):
+    counts = Counter()
+    for outcome in outcomes:
+        counts.update(outcome.exercised)
+    assert not [name for name in NEEDED if not counts[name]]
+
+
+@pytest.mark.parametrize("family", [slot_family, diagonal_family, carry_family, optimizer_family])
+def test_the_comparison_can_fail(family):
+    """A gradient that is cut at every segment is far from the whole one in most cases."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        far = compared = 0
+        for seed in range(30):
+            torch.manual_seed(seed)
+            case = family.make(Draw(seed))
+            try:
+                case.learn(Counter())
+            except Exception as error:
+                if not is_refusal(error) and family is not optimizer_family:
+                    continue
+            torch.manual_seed(seed)
+            whole = case.reference(Way())
+            torch.manual_seed(seed)
+            cut = case.reference(Way(truncate=True))
+            error, _ = worst(cut, whole)
+            compared += 1
+            far += error > 1e-2
+        assert compared > 15 and far > 0.6 * compared, (far, compared)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_a_wrong_gradient_and_a_foreign_error_are_failures():
+    seed = next(seed for seed in range(1000) if family_of(seed) == "slot" and run_case(seed).verdict == "exact")
+
+    def spoilt(change):
+        def make():
+            case = slot_family.make(Draw(seed))
+            learn = case.learn
+            case.learn = lambda counts: change(learn(counts))
+            return case
+
+        return judge(seed, "slot", make)
+
+    def slip(found):
+        return found[None]
+
+    def larger(found):
+        return {name: g * (1 + 10 * EXACT) for name, g in found.items()}
+
+    assert spoilt(lambda found: found).verdict == "exact"
+    assert spoilt(larger).verdict == "wrong"
+    assert spoilt(slip).verdict == "crash"
