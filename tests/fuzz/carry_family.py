@@ -14,7 +14,7 @@ from sparse_rtrl import Carry
 from . import features
 from .case import Case, Gradients, Way, added, gradients_of
 from .draw import Draw
-from .modules import COMPLEX, CellLoop, LayerLoop, RandomModule, Started
+from .modules import COMPLEX, CellLoop, LayerLoop, RandomModule, StackLoop, Started
 from .parts import Doubled, detached
 from .slot_family import Stream
 
@@ -54,7 +54,7 @@ def bptt(model: Started, stream: Stream, hook: Hook | None, truncate: bool) -> G
 
 def random_module(draw: Draw) -> nn.Module:
     """A body of some kind."""
-    return draw.one_of(RandomModule, RandomModule, RandomModule, CellLoop, LayerLoop)(draw)
+    return draw.one_of(*[RandomModule] * 6, CellLoop, CellLoop, LayerLoop, LayerLoop, StackLoop)(draw)
 
 
 def make(draw: Draw) -> Case:
@@ -64,7 +64,7 @@ def make(draw: Draw) -> Case:
     model = Started(random_module(draw), draw)
     names = model.body.names
     hook = None
-    ways = ["load", "deepcopy", "pickle"] if "parametrized" not in names else ["load", "deepcopy"]
+    ways = ["load", "copy", "deepcopy", "pickle"] if "parametrized" not in names else ["load", "copy", "deepcopy"]
     edits = {n: draw.one_of(*ways) for n in range(1, len(stream.bounds)) if draw.chance(0.04)}
     label = ", ".join(names)
     if model.start not in ("zeros", "fixed"):
@@ -109,6 +109,8 @@ def make(draw: Draw) -> Case:
                     other = Carry(own, **options)
                     other.load_state_dict(carry.state_dict())
                     carry = other
+                elif edits[number] == "copy":
+                    carry = copy.copy(carry)
                 else:
                     here = gradients_of(own)
                     found = added(here, found) if found else here
@@ -178,7 +180,7 @@ def restarted(
     if way == "in place" and own.start == "zeros":
         counts["restart: in place"] += 1
         for leaf in pytree.tree_leaves(h):
-            if leaf.is_floating_point():
+            if leaf.is_floating_point() or leaf.is_complex():
                 leaf[(slice(None),) * own.batch_dim + (mask,)] = 0
         return h
     if way == "reset and where":

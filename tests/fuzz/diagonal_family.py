@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_rtrl import RTRL, Carry
 from sparse_rtrl.diagonal_cell import DiagonalCell, Mapped
+from sparse_rtrl.diagonal_learner import DiagonalRTRL
 
 from . import features
 from .case import Case, Gradients, Way, added, gradients_of
@@ -82,7 +83,7 @@ def make(draw: Draw) -> Case:
     if kind == "random":
         cell: DiagonalCell = RandomDiagonalCell(draw)
         initial = draw.one_of("zeros", "fixed", "trained")
-        if initial == "trained" and not features.trained_initial_state():
+        if initial == "trained" and not features.trained_initial_state("diagonal"):
             initial = "fixed"
         cell.set_initial(initial)
         label = f"random {cell.template}" + (", trained initial entries" if initial == "trained" else "")
@@ -91,7 +92,9 @@ def make(draw: Draw) -> Case:
         cell, label = ready_cell(draw, kind), kind
     hook = None
     through_carry = draw.chance(0.4)
-    edits = {n: draw.one_of("load", "deepcopy", "pickle") for n in range(1, len(stream.bounds)) if draw.chance(0.05)}
+    edits = {
+        n: draw.one_of("load", "deepcopy", "pickle", "copy") for n in range(1, len(stream.bounds)) if draw.chance(0.05)
+    }
     if not edits and draw.chance(0.1):
         names = [n for n, p in cell.named_parameters() if p.requires_grad]
         hook = draw.integer(0, len(stream.bounds) - 1), draw.one_of(*names), draw.one_of(2.0, -1.0, 0.5)
@@ -109,7 +112,7 @@ def make(draw: Draw) -> Case:
         options = {
             "commit_every": commit_every,
             "backend": draw.one_of("auto", "reference"),
-            **features.supported(RTRL.__init__, verify=verify),
+            **features.supported(DiagonalRTRL.__init__, verify=verify),
         }
         learner = RTRL(own, batch, **options)
         found: Gradients = {}
@@ -169,6 +172,8 @@ def make(draw: Draw) -> Case:
                     other = Carry(own, **options)
                     other.load_state_dict(carry.state_dict())
                     carry = other
+                elif edits[number] == "copy":
+                    carry = copy.copy(carry)
                 else:
                     here = gradients_of(own)
                     found = added(here, found) if found else here

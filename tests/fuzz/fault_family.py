@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rtrl import RTRL, BlockRTRL, Carry, Routing, get_expert_latent_activated
+from sparse_rtrl.diagonal_learner import DiagonalRTRL
 
 from . import features
 from .carry_family import Detach
@@ -57,11 +58,16 @@ def stream_of(draw: Draw, longest: int = 2) -> Stream:
     return stream
 
 
-def options_of(draw: Draw) -> dict[str, Any]:
+def options_of(draw: Draw, front: type = Carry) -> dict[str, Any]:
     return {
         "commit_every": draw.one_of(1, 2, "auto"),
-        **features.supported(Carry.__init__, verify=draw.one_of("sample", "always")),
+        **features.supported(front.__init__, verify=draw.one_of("sample", "always")),
     }
+
+
+def verified(options: dict[str, Any]) -> str:
+    """How much is compared on the way, for the description of a case."""
+    return f", verify: {options['verify']}" if "verify" in options else ""
 
 
 def modules(draw: Draw) -> Case:
@@ -177,7 +183,7 @@ def loops(draw: Draw) -> Case:
         return run(own, Carry(own, **options), stream, False)
 
     return Case(
-        f"fault, loop: {kind}",
+        f"fault, loop: {kind}{verified(options)}",
         learn,
         lambda way: run(way.of(model), None, stream.to(way.dtype), way.truncate),
         False,
@@ -237,7 +243,7 @@ def slots(draw: Draw) -> Case:
         loss.backward()
         return gradients_of(own)
 
-    when = "from the start" if begins == 0 else "later"
+    when = ("from the start" if begins == 0 else "later") + verified(options)
     return Case(f"fault, slot: {kind}, {when}", learn, reference, False)
 
 
@@ -246,13 +252,14 @@ def diagonal(draw: Draw) -> Case:
     stream = stream_of(draw)
     stream.x = stream.x[..., :INPUTS].contiguous()
     kind = draw.one_of(*DIAGONAL_FAULTS)
-    cell, through_carry, options = FaultyDiagonalCell(draw, kind), draw.chance(0.4), options_of(draw)
+    cell, through_carry = FaultyDiagonalCell(draw, kind), draw.chance(0.4)
+    options = options_of(draw, Carry if through_carry else DiagonalRTRL)
 
     def learn(counts: Counter[str]) -> Gradients:
         counts[f"fault: {kind}"] += 1
         own = copy.deepcopy(cell)
         if not through_carry:
-            learner = RTRL(own, stream.batch, commit_every=options["commit_every"])
+            learner = RTRL(own, stream.batch, **options)
             for start, stop in stream.bounds:
                 outputs = torch.stack([learner(x) for x in stream.x[start:stop]][-1:])
                 if bool(stream.c[stop - 1].any()):
@@ -280,7 +287,7 @@ def diagonal(draw: Draw) -> Case:
         return gradients_of(own)
 
     front = "carry" if through_carry else "rtrl"
-    return Case(f"fault, diagonal {front}: {kind}", learn, reference, False)
+    return Case(f"fault, diagonal {front}: {kind}{verified(options)}", learn, reference, False)
 
 
 def deferred(draw: Draw) -> Case:

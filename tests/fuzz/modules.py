@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_rtrl import DiagonalStack
+
+from .diagonal_cells import ready_cell
 from .draw import Draw
 from .parts import Mapped, Scaled, parametrize_weight, spread
 
@@ -639,6 +642,30 @@ class LayerLoop(nn.Module):
         xs = xs[..., :INPUTS]
         y, h = self.layer(xs.transpose(0, 1).contiguous() if self.first_is_batch else xs, h)
         return self.readout(y.transpose(0, 1) if self.first_is_batch else y), h
+
+
+class StackLoop(nn.Module):
+    """Layers of diagonal cells with mixing between them, as one joint state.
+
+    Args:
+        draw: which.
+    """
+
+    batch_dim = 0
+    smooth = True
+
+    def __init__(self, draw: Draw) -> None:
+        super().__init__()
+        kinds = [draw.one_of("lru", "elstm", "mamba", "retention") for _ in range(draw.integer(1, 2))]
+        self.names = ["stack", *kinds]
+        self.smooth = "lru" not in kinds  # its complex state does not follow the dtype of a first state
+        self.stack = DiagonalStack(INPUTS, [ready_cell(draw, kind, 2, 2) for kind in kinds], 2)
+
+    def zeros(self, batch: int) -> Any:
+        return self.stack.initial_state(batch)
+
+    def forward(self, xs: Tensor, h: Any) -> tuple[Tensor, Any]:
+        return self.stack.unroll(xs[..., :INPUTS], h)
 
 
 class Started(nn.Module):

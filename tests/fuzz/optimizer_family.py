@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from sparse_rtrl import RTRL, Carry, Routing, SlotMoECell
 from sparse_rtrl.diagonal_cell import Mapped
+from sparse_rtrl.diagonal_learner import DiagonalRTRL
 
 from . import features
 from .carry_family import where
@@ -333,7 +334,7 @@ def diagonal(draw: Draw, stream: Stream, kind: str, every: int) -> Case:
             break
     options = {
         "commit_every": draw.one_of(1, 2, 3, "auto"),
-        **features.supported(RTRL.__init__, verify=draw.one_of("sample", "always")),
+        **features.supported(DiagonalRTRL.__init__, verify=draw.one_of("sample", "always")),
     }
     to_none = draw.chance(0.7)
     path: list[dict[str, Tensor]] = []

@@ -259,7 +259,8 @@ class RandomSlotCell(SlotCell):
         if name == "multiplied gate":
             return c + (step >= self.opens) * self.p_multiplied_gate
         if name == "late branch":
-            return c + self.p_late_branch if float(x[0, -1]) >= self.opens else c
+            # Row by row: a learner may run the rows of several steps together.
+            return torch.where(step >= self.opens, c + self.p_late_branch, c) if bool((step >= self.opens).any()) else c
         if name == "cumsum":
             return c.cumsum(1) / max(1, c.shape[1])
         if name == "indexed":

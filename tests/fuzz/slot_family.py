@@ -90,7 +90,7 @@ def make(draw: Draw) -> Case:
     if kind == "random":
         cell: SlotCell = RandomSlotCell(draw, steps, batch)
         initial = draw.one_of("zeros", "zeros", "fixed", "trained")
-        if initial == "trained" and not features.trained_initial_state():
+        if initial == "trained" and not features.trained_initial_state("slot"):
             initial = "fixed"
         cell.set_initial(initial)
         label = ", ".join([f"experts: {cell.bank_kind}", *sorted(cell.operations)])
@@ -108,13 +108,17 @@ def make(draw: Draw) -> Case:
         "commit_every": draw.one_of(1, 1, 2, 3, 5, "auto"),
         "catch_up": draw.one_of("auto", "eager", "replay", "product", "replay", "product"),
         "backend": draw.one_of("auto", "auto", "reference"),
-        **features.supported(RTRL.__init__, verify=draw.one_of("sample", "always", "never", 2)),
+        **features.supported(
+            RTRL.__init__,
+            verify=draw.one_of("sample", "always", "never", 2),
+            capture=draw.one_of("auto", "auto", "auto", "dense"),
+        ),
     }
     if draw.chance(0.2):
         for number in range(1, len(stream.bounds)):
             if draw.chance(0.3):
                 stream.entry_loss[number] = draw.normal(batch, cell.num_slots, cell.slot_size)
-    ways = ["load", "deepcopy", "pickle"]
+    ways = ["load", "deepcopy", "pickle", "copy"]
     if kind == "random" and cell.parametrization:
         ways.remove("pickle")  # torch cannot pickle a parametrized module
     edits = {n: draw.one_of(*ways) for n in range(1, len(stream.bounds)) if draw.chance(0.05)}
@@ -174,6 +178,7 @@ def make(draw: Draw) -> Case:
             outputs = learner(xs[0]).unsqueeze(0) if len(xs) == 1 else learner.unroll(xs)
             routings.extend(Routing(r.read, r.write, r.experts) for r in learner.routings)
             counts[f"segment of {len(xs)}"] += 1
+            counts[f"window of {min(len(learner._engine.influence.window), 5)} calls or more"] += 1
             counts["fused pass"] += learner._engine.fused is not None
             loss = (outputs * stream.c[start:stop]).sum()
             if number in stream.entry_loss:
@@ -220,7 +225,7 @@ def peek(learner: RTRL, what: str, x: Tensor) -> None:
 
 def merged(found: Gradients, learner: RTRL, how: str) -> Gradients:
     """What was found so far, where the parameters change hands."""
-    if how == "load":
+    if how in ("load", "copy"):
         return found
     here = gradients_of(learner.cell)
     learner.cell.zero_grad()
@@ -232,6 +237,8 @@ def edited(learner: RTRL, how: str, options: dict) -> tuple[RTRL, SlotCell]:
     if how == "load":
         other = RTRL(learner.cell, learner.batch_size, **options)
         other.load_state_dict(learner.state_dict())
+    elif how == "copy":
+        other = copy.copy(learner)
     elif how == "deepcopy":
         other = copy.deepcopy(learner)
     else:
