@@ -178,7 +178,8 @@ def make(draw: Draw) -> Case:
             outputs = learner(xs[0]).unsqueeze(0) if len(xs) == 1 else learner.unroll(xs)
             routings.extend(Routing(r.read, r.write, r.experts) for r in learner.routings)
             counts[f"segment of {len(xs)}"] += 1
-            counts[f"window of {min(len(learner._engine.influence.window), 5)} calls or more"] += 1
+            window = len(learner._engine.influence.window)
+            counts[f"window of {window}" if window < 5 else "window of 5 or more"] += 1
             counts["fused pass"] += learner._engine.fused is not None
             loss = (outputs * stream.c[start:stop]).sum()
             if number in stream.entry_loss:
