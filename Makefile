@@ -11,9 +11,10 @@ ECOSYSTEM := .venv-ecosystem
 # Only for a torch without CUDA, which brings no Triton of its own.
 TRITON := triton==3.6.0
 DEMO ?=
+FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ecosystem gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test test-ecosystem fuzz gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -50,6 +51,9 @@ $(ECOSYSTEM)/.installed: $(STAMP) tests/ecosystem/requirements.txt
 test-ecosystem: $(ECOSYSTEM)/.installed  ## Carry recurrent modules of other packages; write docs/modules.md
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem \
 		--modules-table docs/modules.md
+
+fuzz: $(STAMP)  ## Compare 10,000 random cases with BPTT (about ten minutes on two cores); FUZZ='--seed 20000' for others
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --cases 10000 $(FUZZ)
 
 gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network
 	$(PYTHON) -m bench.gpu_check

@@ -54,7 +54,7 @@ class _Entry:
 
 def _as_gradient(gradient: Tensor, tensor: Tensor) -> Tensor:
     """A gradient in the dtype of its parameter; that of a complex one from pairs of real numbers."""
-    return (torch.view_as_complex(gradient.contiguous()) if tensor.is_complex() else gradient).to(tensor.dtype)
+    return (torch.complex(gradient[..., 0], gradient[..., 1]) if tensor.is_complex() else gradient).to(tensor.dtype)
 
 
 class Carry:
@@ -260,7 +260,7 @@ class Carry:
         """
         pairs = {p.name for p in self._past.parameters if isinstance(p, _ComplexParameter)}
         return {
-            name: torch.view_as_complex(P.contiguous()) if name in pairs else P
+            name: torch.complex(P[..., 0], P[..., 1]) if name in pairs else P
             for name, P in self._past.influence().items()
         }
 

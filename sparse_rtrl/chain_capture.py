@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sparse_rtrl.parameter_uses import PROBE_SCALE, without_hooks
+from sparse_rtrl.parameter_uses import without_hooks
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.slot_cell import Routing
 from sparse_rtrl.step_chain import AlikeSteps, Diagonal, Linear, OneRowTerm, Rows, StepChain, pull_back, rows_count
+from sparse_rtrl.verify import PROBE_SCALE
 
 GraphNode: TypeAlias = Any
 """A node of the autograd graph."""

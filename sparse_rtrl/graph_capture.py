@@ -29,6 +29,7 @@ from sparse_rtrl.parameter_uses import (
     without_hooks,
     without_reducers,
 )
+from sparse_rtrl.verify import PROBE_SCALE
 
 
 class GraphCapture:
@@ -110,7 +111,8 @@ class GraphCapture:
             if not tolerance.explains(_disagreement(through, coefficients, tolerance)):
                 _check_linear(end, inputs, probe, found, tolerance)
                 _refuse_coupled(graph)
-        of_uses = [(use, g) for use, g in zip(uses, found[len(inputs) - len(uses) :], strict=True) if g is not None]
+        by_use = zip(uses, found[len(inputs) - len(uses) :], strict=True)
+        of_uses = [(use, g) for use, g in by_use if g is not None and g.numel()]
         # A complex output of a map has no real factors.
         in_complex = {use.parameter for use, g in of_uses if g.is_complex()}
         rows_of = [UseRows(use, g.to(end.dtype)) for use, g in of_uses if use.parameter not in in_complex]

@@ -21,9 +21,6 @@ GraphNode: TypeAlias = Any
 Layout: TypeAlias = str
 """Where the streams are in the rows of a map: ``"outer"`` (stream by stream) or ``"inner"`` (step by step)."""
 
-PROBE_SCALE = 2.0**20
-"""What a probe of the backward pass is scaled by; a power of two, so that a linear one scales exactly."""
-
 
 @dataclass(frozen=True)
 class Factor:

@@ -16,6 +16,9 @@ Verify: TypeAlias = Literal["sample", "always", "never"] | int
 SAMPLE = 64
 """``"sample"`` compares one segment in this many, on average."""
 
+PROBE_SCALE = 2.0**20
+"""What a probe of the backward pass is scaled by; a power of two, so that a linear one scales exactly."""
+
 STATE = "the state"
 OTHER_STREAMS = "the states of other streams"
 
@@ -56,6 +59,8 @@ class Verifier:
     def cotangent(self, state: Tensor) -> tuple[int, Tensor]:
         """A randomly chosen stream, and a random cotangent that is zero for all others.
 
+        It is larger than gradients are, so that a backward pass that clips them shows; a linear one scales exactly.
+
         Args:
             state: the state that a segment ended with, ``(B, ...)``, for shape, dtype and device.
 
@@ -67,7 +72,7 @@ class Verifier:
         shape = (*state.shape[1:], 2) if state.is_complex() else state.shape[1:]
         drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(state.device, real)
         out = torch.zeros_like(state, requires_grad=False)
-        out[stream] = torch.view_as_complex(drawn) if state.is_complex() else drawn
+        out[stream] = PROBE_SCALE * (torch.view_as_complex(drawn) if state.is_complex() else drawn)
         return stream, out
 
     def compare(
