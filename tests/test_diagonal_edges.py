@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,11 @@ from diagonal_oracle import bptt, gradients_of, inputs, make_cell, online, where
 from oracle import cotangents, worst_error
 
 from sparse_rtrl import RTRL, Carry, ContractError, DiagonalCell, ELSTMCell, LRUCell, RetentionCell, RWKVCell
+from sparse_rtrl.diagonal_cell import Given, Learned, Mapped
+from sparse_rtrl.diagonal_influence import DiagonalInfluence
+from sparse_rtrl.errors import DisagreementError
 from sparse_rtrl.parameter_uses import walk
+from sparse_rtrl.verify import Verifier
 
 RESETS = {6: torch.tensor([True, False, False]), 11: torch.tensor([False, True, True]), 15: torch.ones(3).bool()}
 
@@ -310,3 +315,507 @@ def test_other_first_states_with_a_graph_are_named():
     new = cell(x[1], where(mask, cell.forget_peephole.expand(2, 5), state))[1]
     with pytest.raises(ContractError, match="the state that stream 0 starts from depends on forget_peephole"):
         carry(new)
+
+
+UPDATES = {
+    "fused": lambda cell: torch.optim.Adam(cell.parameters(), 0.02, fused=True).step,
+    "plain": lambda cell: torch.optim.Adam(cell.parameters(), 0.02, foreach=False).step,
+    "data": lambda cell: lambda: [p.data.add_(p.grad, alpha=-0.05) for p in cell.parameters() if p.grad is not None],
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("name", ["lru", "elstm", "rwkv"])
+def test_weights_that_change_without_a_version_are_seen(name, update):
+    """Carry and RTRL take the same path, whatever changes the weights."""
+    paths = []
+    for learns in ("carry", "rtrl"):
+        cell, x, c = initial_cell(name), inputs(12, 2), cotangents(12, 2, density=1.0)
+        step = UPDATES["plain" if learns == "rtrl" and update == "fused" else update](cell)
+        carry, learner, found = HookedCarry(cell), RTRL(cell, 2, commit_every=1), []
+        state = carry(cell.initial_state(2)) if learns == "carry" else None
+        for x_t, c_t in zip(x, c, strict=True):
+            if learns == "carry":
+                out, state = cell(x_t, state)
+                state = carry(state)
+            else:
+                out = learner(x_t)
+            (out * c_t).sum().backward()
+            found.append(gradients_of(cell))
+            step()
+            cell.zero_grad()
+        paths.append(found)
+    for one, other in zip(*paths, strict=True):
+        assert worst_error(one, other) <= 1e-11
+
+
+@pytest.mark.parametrize("change", ["data", "in place"])
+def test_a_weight_that_changes_before_carry_is_refused_or_does_not_matter(change):
+    """A learned value is needed by the segment's own backward pass; a weight of the input is not any more."""
+    for name, refused in (("forget_peephole", True), ("forget.weight", False)):
+        cell, x = make_cell("elstm"), inputs(3, 2)
+        carry = Carry(cell, commit_every=3)
+        state = carry(cell(x[0], carry(cell.initial_state(2)))[1])
+        out, new = cell(x[1], state)
+        parameter = cell.get_parameter(name)
+        with torch.no_grad():
+            (parameter.data if change == "data" else parameter).add_(0.3)
+        if refused:
+            with pytest.raises(RuntimeError, match="a parameter changed before carry was called"):
+                carry(new)
+            continue
+        state = carry(new)
+        (out.sum() + cell(x[2], state)[0].sum()).backward()
+        found = gradients_of(cell)
+        other = make_cell("elstm")
+        learner = RTRL(other, 2, commit_every=3)
+        learner(x[0])
+        out = learner(x[1])
+        with torch.no_grad():
+            other.get_parameter(name).add_(0.3)
+        (out.sum() + learner(x[2]).sum()).backward()
+        assert worst_error(found, gradients_of(other)) <= 1e-12
+
+
+class Bare(DiagonalCell):
+    """Hands out its state, after a step or before, which a caller may write to."""
+
+    def __init__(self, keep=False):
+        super().__init__(3, (4,))
+        self.linear, self.scale, self.keep = torch.nn.Linear(3, 4), torch.nn.Parameter(torch.rand(4)), keep
+        self.double()
+
+    def project(self, x):
+        return Mapped(x, self.linear.weight, (4,), self.linear.bias), Learned(self.scale), Given(x[:, :1])
+
+    def step(self, h, y, s, g):
+        return s * h + y * g
+
+    def output(self, x, before, h, *values):
+        return before if self.keep else h
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("segment", [1, 2])
+def test_outputs_that_are_the_state_may_be_written_to(keep, segment):
+    torch.manual_seed(0)
+    cell, x = Bare(keep), inputs(6, 2)
+    c = cotangents(6, 2, outputs=4, density=1.0)
+    expected = bptt(cell, x, c)
+    learner = RTRL(cell, 2, commit_every=16)
+    for t in range(0, 6, segment):
+        outputs = learner.unroll(x[t : t + segment])
+        (outputs * c[t : t + segment]).sum().backward()
+        outputs.data.zero_()
+    assert worst_error(gradients_of(cell), expected) <= 1e-12
+    carry = Carry(cell)
+    cell.zero_grad()
+    state, buffer = carry(cell.initial_state(2)), torch.empty(segment, 2, 3, dtype=torch.float64)
+    for t in range(0, 6, segment):
+        outputs, state = cell.unroll(buffer.copy_(x[t : t + segment]), state)
+        state = carry(state)
+        (outputs * c[t : t + segment]).sum().backward()
+        outputs.data.zero_(), buffer.zero_()
+    assert worst_error(gradients_of(cell), expected) <= 1e-12
+    cell.step = lambda h, y, s, g: h
+    assert cell(x[0], state)[1].data_ptr() != state.data_ptr()
+
+
+def test_states_written_to_are_named_or_start_anew():
+    cell, x, c = make_cell("elstm"), inputs(6, 3), cotangents(6, 3, density=1.0)
+    done = torch.tensor([True, False, True])
+    state, loss = cell.initial_state(3), 0
+    for t in range(6):
+        state = where(done, torch.zeros_like(state), state) if t == 3 else state
+        out, state = cell(x[t], state)
+        loss = loss + (out * c[t]).sum()
+    loss.backward()
+    expected = gradients_of(cell)
+    cell.zero_grad()
+    carry = Carry(cell)
+    state = carry(cell.initial_state(3))
+    for t in range(6):
+        if t == 3:
+            state = state.clone()
+            state[done] = 0
+        out, state = cell(x[t], state)
+        state = carry(state)
+        (out * c[t]).sum().backward()
+    assert worst_error(gradients_of(cell), expected) <= 1e-12
+    _, new = cell(x[0], state)
+    new.data[0] = 1.0
+    with pytest.raises(RuntimeError, match="or a state was written to"):
+        carry(new)
+    _, new = cell(x[0], state)
+    for changed in (new * 2, new + cell.forget_peephole - cell.forget_peephole.detach(), new.flip(1).flip(1) * 1.5):
+        with pytest.raises(RuntimeError, match="is not what the cell made of"):
+            carry(changed)
+    with pytest.raises(RuntimeError, match="started anew inside a segment"):
+        carry(where(done, torch.zeros_like(new), new))
+
+
+@pytest.mark.parametrize("place", ["entering", "inside", "leaving"])
+def test_values_that_stay_while_the_gradient_changes_are_noticed(place):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return h.view_as(h)
+
+        @staticmethod
+        def backward(ctx, g):
+            return 0.5 * g
+
+    cell, x = make_cell("lru"), inputs(3, 2)
+    for scale in (Scaled.apply, lambda h: h.detach().clone().requires_grad_()):
+        carry = Carry(cell)
+        state = carry(cell(x[0], carry(cell.initial_state(2)))[1])
+        state = cell(x[1], scale(state) if place == "entering" else state)[1]
+        state = cell(x[2], scale(state) if place == "inside" else state)[1]
+        with pytest.raises(RuntimeError, match=r"not what the cell made of|does not depend on|anew inside"):
+            carry(scale(state) if place == "leaving" else state)
+    carry = Carry(cell)
+    state = carry(cell(x[0], carry(cell.initial_state(2)))[1])
+    if place == "entering":
+        state.register_hook(lambda g: g.clamp(-1, 1))
+    state = cell(x[1], state)[1]
+    if place != "entering":
+        state.register_hook(lambda g: g.clamp(-1, 1))
+    if place == "inside":
+        state = cell(x[2], state)[1]
+    with pytest.raises(ContractError, match="a gradient hook on the state"):
+        carry(state)
+
+
+def test_inputs_made_by_the_cell_itself_are_refused():
+    class Embedded(ELSTMCell):
+        def __init__(self):
+            super().__init__(3, 5, 2)
+            self.embedding = torch.nn.Embedding(7, 3)
+
+    cell = Embedded()
+    carry = Carry(cell)
+    state = carry(cell(torch.randn(2, 3), carry(cell.initial_state(2)))[1])
+    _, new = cell(cell.embedding(torch.tensor([1, 2])), state)
+    with pytest.raises(ContractError, match="value 0 of project depends on trainable tensors through its input"):
+        carry(new)
+
+
+def test_steps_while_a_parameter_was_frozen_do_not_count():
+    """As in autograd: what a parameter did while it was frozen is no part of its gradient."""
+    names = ("forget.weight", "content.bias", "forget_peephole")
+
+    def freeze(cell, t):
+        if t in (3, 6):
+            for name in names:
+                cell.get_parameter(name).requires_grad_(t == 6)
+
+    cell, x, c = make_cell("elstm"), inputs(9, 2), cotangents(9, 2, density=1.0)
+    state, loss = cell.initial_state(2), 0
+    for t in range(9):
+        freeze(cell, t)
+        out, state = cell(x[t], state)
+        loss = loss + (out * c[t]).sum() * (t > 6)
+    loss.backward()
+    expected = gradients_of(cell)
+    for commit_every in (1, 4, 16):
+        cell.zero_grad()
+        learner = RTRL(cell, 2, commit_every=commit_every)
+        for t in range(9):
+            freeze(cell, t)
+            out = learner(x[t])
+            if t > 6:
+                (out * c[t]).sum().backward()
+        assert worst_error(gradients_of(cell), expected) <= 1e-12
+
+
+def test_a_state_from_before_the_first_segment_forgets_everything():
+    cell, x, c = initial_cell("elstm"), inputs(6, 3), cotangents(6, 3)
+    expected = bptt(cell, x, c)
+    carry, learner = HookedCarry(cell), RTRL(cell, 3)
+    fresh, unstarted = carry.state_dict(), learner.state_dict()
+    carried(carry, cell, x, c, [1])
+    online(learner, x, c, [1])
+    carry.load_state_dict(fresh)
+    carry._entry = None  # a loop that starts again
+    assert carry.kept_bytes == 0 and carry.influence() == {}
+    learner.load_state_dict(unstarted)
+    assert worst_error(carried(carry, cell, x, c, [1]), expected) <= 1e-12
+    assert worst_error(online(learner, x, c, [1]), expected) <= 1e-12
+
+
+def test_a_state_of_another_dtype_or_size_is_refused_with_numbers():
+    cell, x, c = make_cell("lru"), inputs(4, 3), cotangents(4, 3)
+    carry, learner = Carry(cell), RTRL(cell, 3)
+    carried(carry, cell, x, c, [1])
+    online(learner, x, c, [1])
+    for other in (copy.deepcopy(cell).float(), LRUCell(3, 4, 2).double()):
+        now, single = Carry(other), RTRL(other, 3)
+        before = single.state
+        with pytest.raises(ValueError, match=r"\(B, H\) = \(3, 10\) of torch.float64, but H is (10|8) of torch.float"):
+            now.load_state_dict(carry.state_dict())
+        with pytest.raises(
+            ValueError, match=r"state is of another cell, dtype or batch size: its tensors are .*\(3, 5\)"
+        ):
+            single.load_state_dict(learner.state_dict())
+        assert torch.equal(single.state, before) and now.kept_bytes == 0
+
+
+def test_states_of_older_versions_load():
+    cell, x, c = make_cell("elstm"), inputs(12, 3), cotangents(12, 3)
+    learner = RTRL(cell, 3, commit_every=8)
+    online(learner, x[:5], c[:5] * 0, [1])
+    old = learner.state_dict()
+    assert old["diagonal"]["recorded"]
+    for name in ("fresh", "verifier"):
+        del old[name]
+    del old["diagonal"]["initial"]
+    for part in old["diagonal"]["recorded"]:
+        del part["after"], part["trained"]
+    other = RTRL(copy.deepcopy(cell), 3)
+    other.load_state_dict(old)
+    found, expected = (online(each, x[5:], c[5:], [1]) for each in (other, learner))
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    full = bptt(cell, x, torch.cat((c[:5] * 0, c[5:])))
+    assert worst_error(found, full) <= 1e-12
+
+
+COUPLED = {
+    "statistics of the batch in project": (
+        lambda self, x: (Mapped(x - x.mean(0), self.linear.weight, (4,)), Learned(self.scale)),
+        None,
+        None,
+        "rows of the batch influence each other: what project gives",
+    ),
+    "a capacity limit in step": (
+        None,
+        lambda h, y, s: s * h + y * ((y > 0).cumsum(0) <= 2),
+        None,
+        "rows of the batch influence each other: what step gives",
+    ),
+    "statistics of the batch in output": (
+        None,
+        None,
+        lambda x, before, h, *values: h - h.mean(0),
+        "rows of the batch influence each other: what output gives",
+    ),
+    "a weight made of the input": (
+        lambda self, x: (Mapped(x, self.linear.weight * x.mean(), (4,)), Learned(self.scale)),
+        None,
+        None,
+        "a weight, bias or Learned value of project depends on the input",
+    ),
+    "random numbers": (
+        lambda self, x: (
+            Mapped(x, torch.nn.functional.dropout(self.linear.weight, 0.5), (4,)),
+            Learned(self.scale),
+        ),
+        None,
+        None,
+        "project gives something else when it is called again",
+    ),
+}
+
+
+class Custom(DiagonalCell):
+    """A cell whose functions are given."""
+
+    def __init__(self, project=None, step=None, output=None):
+        torch.manual_seed(0)
+        super().__init__(3, (4,))
+        self.linear, self.scale = torch.nn.Linear(3, 4), torch.nn.Parameter(0.5 + 0.3 * torch.rand(4))
+        self.functions = project, step, output
+        self.double()
+
+    def project(self, x):
+        project = self.functions[0]
+        if project is not None:
+            return project(self, x)
+        return Mapped(x, self.linear.weight, (4,), self.linear.bias), Learned(self.scale)
+
+    def step(self, h, *values):
+        step = self.functions[1]
+        y, s = values
+        return s * h + y if step is None else step(h, *values)
+
+    def output(self, x, before, h, *values):
+        output = self.functions[2]
+        return h + 0 if output is None else output(x, before, h, *values)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_rows_that_influence_each_other_from_the_start_are_named(name):
+    *functions, message = COUPLED[name]
+    with pytest.raises(ContractError, match=message):
+        RTRL(Custom(*functions), 4)
+    carry, x = Carry(Custom(*functions)), inputs(1, 4)
+    state = carry(carry.module.initial_state(4))
+    with pytest.raises(ContractError, match=message):
+        carry(carry.module(x[0], state)[1])
+
+
+LATER = {
+    "rows": (lambda self, h, y, s: s * h + y - 0.1 * h.mean(0), "the states of other streams"),
+    "entries": (lambda self, h, y, s: s * h + y - 0.1 * h.mean(1, keepdim=True), "the state"),
+    "values of other rows": (lambda self, h, y, s: s * h + y - 0.1 * y.flip(0), "linear.weight"),
+    "another derivative": (lambda self, h, y, s: s * h + (h * y - (h * y).detach()) + y, None),
+    "a parameter": (lambda self, h, y, s: s * h + y + self.linear.bias, "step uses the parameter linear.bias itself"),
+    "a parameter behind a gate": (
+        lambda self, h, y, s: torch.where(h > 1e9, self.scale * h, s * h) + y,
+        "step uses the parameter scale itself",
+    ),
+    "a tensor from outside": (lambda self, h, y, s: s * h + y + self.outside, r"trainable tensor of shape \(4,\)"),
+    "random numbers": (lambda self, h, y, s: s * h + y + 0.1 * torch.rand_like(y), "gives? the states that it gave"),
+    "a state of its own": (lambda self, h, y, s: s * h + y + self.count(), "gives? the states that it gave"),
+}
+
+
+class Later(Custom):
+    """Breaks its contract from the third call of a learner on."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.broken, self.now, self.calls = broken, False, 0
+        self.outside = [torch.ones(4, dtype=torch.float64, requires_grad=True)][0]
+
+    def count(self):
+        self.calls += 1
+        return self.calls
+
+    def step(self, h, *values):
+        return self.broken(self, h, *values) if self.now else super().step(h, *values)
+
+
+@pytest.mark.parametrize("learns", ["rtrl", "carry"])
+@pytest.mark.parametrize("name", LATER)
+def test_what_begins_later_is_noticed(name, learns):
+    broken, message = LATER[name]
+    cell, x = Later(broken), inputs(6, 3)
+    learner = RTRL(cell, 3, verify="always", commit_every=1) if learns == "rtrl" else Carry(cell)
+    if learns == "carry":
+        learner._past.verifier = Verifier("always")
+        state = learner(cell.initial_state(3))
+
+    def advance(x_t):
+        nonlocal state
+        if learns == "rtrl":
+            return learner(x_t)
+        out, new = cell(x_t, state)
+        state = learner(new)
+        return out
+
+    if learns == "rtrl":
+        state = None
+    for x_t in x[:3]:
+        advance(x_t).sum().backward()
+    cell.now = True
+    before = gradients_of(cell)
+    if message is None:  # a step that is as diagonal as before, only another one
+        advance(x[3]).sum().backward()
+        return
+    engine = learner._engine if learns == "rtrl" else learner._past._engine
+    window, kept = list(engine.influence.window), [m.clone() for m in engine.influence.matrices]
+    with pytest.raises((ContractError, RuntimeError), match=message) as raised:
+        advance(x[3]).sum().backward()
+    assert all(torch.equal(before[n], g) for n, g in gradients_of(cell).items())
+    assert engine.influence.window == window and all(map(torch.equal, engine.influence.matrices, kept))
+    if name in ("rows", "entries", "values of other rows"):
+        assert "step 3, stream" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["lru", "elstm", "retention, token shift", "rwkv"])
+@pytest.mark.parametrize("fault", ["decay", "derivative", "input", "bias"])
+def test_planted_faults_are_noticed(name, fault, monkeypatch):
+    """Each quantity that is captured is wrong in turn."""
+    if fault == "bias" and name != "elstm":
+        fault = "derivative"
+    capture = DiagonalInfluence.capture
+
+    def wrong(self, *arguments):
+        steps = capture(self, *arguments)
+        if fault == "decay":
+            return replace(steps, decays=1.01 * steps.decays)
+        if fault == "derivative":
+            return replace(steps, deltas=[*steps.deltas[:-1], 0.99 * steps.deltas[-1]])
+        zs = [None if z is None else z.clone() for z in steps.zs]
+        for z in zs:
+            if z is not None:
+                z[..., -1 if fault == "bias" else 0] *= 1.01
+        return replace(steps, zs=zs)
+
+    cell, x = make_cell(name), inputs(8, 2)
+    learner, carry = RTRL(cell, 2, verify=1), Carry(cell)
+    carry._past.verifier = Verifier("always")
+    state = carry(cell.initial_state(2))
+    learner.unroll(x[:4])
+    state = carry(cell.unroll(x[:4], state)[1])
+    assert learner._verifier.compared == carry._past.verifier.compared == 1
+    monkeypatch.setattr(DiagonalInfluence, "capture", wrong)
+    with pytest.raises(DisagreementError, match="step 4, stream"):
+        learner.unroll(x[4:])
+    with pytest.raises(ContractError, match="step 4, stream"):
+        carry(cell.unroll(x[4:], state)[1])
+
+
+def test_verifying_changes_nothing_and_resumes():
+    results = []
+    for verify in ("never", 3, "always"):
+        cell, x, c = initial_cell("lru"), inputs(12, 3), cotangents(12, 3)
+        learner = RTRL(cell, 3, verify=verify)
+        draws = torch.get_rng_state()
+        first = online(learner, x[:6], c[:6], [1])
+        other = RTRL(copy.deepcopy(cell), 3, verify=verify)
+        other.load_state_dict(learner.state_dict())
+        second = online(learner, x[6:], c[6:], [1])
+        online(other, x[6:], c[6:], [1])
+        assert learner._verifier.compared == other._verifier.compared
+        assert learner._verifier.compared in {"never": [0], "always": [12], 3: range(1, 9)}[verify]
+        assert torch.equal(draws, torch.get_rng_state())
+        results.append({**first, **{f"{n} again": g for n, g in second.items()}})
+    assert all(torch.equal(results[0][n], other[n]) for other in results[1:] for n in results[0])
+
+
+def test_options_for_other_cells_are_named():
+    cell = make_cell("lru")
+    with pytest.raises(ValueError, match="capture='dense' is for slot cells, got a LRUCell"):
+        RTRL(cell, 2, capture="dense")
+    with pytest.raises(ValueError, match="cuda_graph=True is for slot cells, got a LRUCell"):
+        RTRL(cell, 2, cuda_graph=True)
+    with pytest.raises(ValueError, match="verify must be"):
+        RTRL(cell, 2, verify=0)
+
+
+def test_messages_name_the_argument():
+    cell, x = make_cell("elstm"), inputs(2, 2)
+    learner = RTRL(cell, 2)
+    for streams in ([0], torch.tensor([0]), torch.ones(3).bool()):
+        with pytest.raises(ValueError, match=r"streams must be a bool mask of shape \(2,\), got"):
+            learner.reset(streams)
+    for wrong, message in (
+        (x[0, 0], r"x must have batch size 2, got shape \(3,\)"),
+        (x[0].float(), "x must be torch.float64, as the parameters of the cell are, got torch.float32"),
+        (x[0, :, :2], r"x must have shape \(B, 3\), got \(2, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learner(wrong)
+    cell.forget.weight.data = torch.zeros(6, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"parameter forget.weight was torch.float64 \(5, 3\) .* \(6, 3\)"):
+        learner(x[0])
+    cell.forget.register_parameter("weight", None)
+    with pytest.raises(RuntimeError, match=r"parameter forget.weight was taken out of the cell"):
+        learner(x[0])
+    lazy = Custom()
+    lazy.linear = torch.nn.LazyLinear(4)
+    with pytest.raises(ValueError, match=r"\['linear.weight', 'linear.bias'\] are lazy: run the cell once"):
+        RTRL(lazy, 2)
+
+    class Empty(DiagonalCell):
+        def project(self, x):
+            return (Given(x),)
+
+        def step(self, h, y):
+            return h + y
+
+    with pytest.raises(ValueError, match="cell must have parameters, got a Empty without any"):
+        RTRL(Empty(3, (3,)), 2)
+    with pytest.raises(ContractError, match=r"output must return a tensor \(.*a row per input row, got tuple"):
+        RTRL(Custom(output=lambda x, before, h, *values: (h, h)), 2)(x[0])

@@ -180,8 +180,8 @@ class Diagonal:
             raise _changed()
         if not all(run.is_as_it_ran for run in runs):
             raise RuntimeError(
-                "a parameter changed before carry was called, or a state was written to: call h = carry(h) right after"
-                " the forward pass, before the optimizer's step"
+                "a parameter changed before carry was called, or an input or a state was written to: call h = carry(h)"
+                " right after the forward pass, before the optimizer's step"
             )
         if any(tensor._backward_hooks for run in runs for tensor in (run.first, run.last)):
             raise ContractError(
