@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sparse_rtrl.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
 from sparse_rtrl.errors import ContractError
-from sparse_rtrl.parameter_uses import walk
 from sparse_rtrl.verify import tolerance_of
 
 TOLERANCE = 256
@@ -175,16 +174,32 @@ def derivatives(
 
 def direct_reads(cell: DiagonalCell, new: Tensor, leaves: list[Tensor]) -> list[str]:
     """What a step reads itself and must not: the trainable tensors in the graph of ``new`` beside ``leaves``."""
-    names = {id(p): name for name, p in cell.named_parameters()}
     given = {id(leaf) for leaf in leaves}
+    read = [variable for variable in _leaves_of(new) if id(variable) not in given]
+    names = {id(p): name for name, p in cell.named_parameters()} if read else {}
     return [
-        f"step uses the parameter {names[number]} itself: pass it through project, as Learned or Mapped"
-        if number in names
+        f"step uses the parameter {names[id(variable)]} itself: pass it through project, as Learned or Mapped"
+        if id(variable) in names
         else f"step uses a trainable tensor of shape {tuple(variable.shape)} that is no parameter of the cell: make it"
         " one and pass it through project, as Learned or Mapped"
-        for number, (variable, _) in walk(new, None).accumulators.items()
-        if number not in given
+        for variable in read
     ]
+
+
+def _leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The trainable leaves in a tensor's graph; this runs at every capture, so it looks at nothing else."""
+    found, stack = [], [tensor.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        following = () if node is None else node.next_functions
+        if not following and (variable := getattr(node, "variable", None)) is not None:
+            found.append(variable)
+        for source, _ in following:
+            if source is not None and source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return found
 
 
 def diagonals(new: Tensor, leaves: list[Tensor], phases: Tensor | None = None) -> list[Tensor]:

@@ -9,7 +9,18 @@ import torch
 from diagonal_oracle import bptt, gradients_of, inputs, make_cell, online, where
 from oracle import cotangents, worst_error
 
-from sparse_rtrl import RTRL, Carry, ContractError, DiagonalCell, ELSTMCell, LRUCell, RetentionCell, RWKVCell
+from sparse_rtrl import (
+    RTRL,
+    Carry,
+    ContractError,
+    DiagonalCell,
+    DiagonalStack,
+    ELSTMCell,
+    LRUCell,
+    PerLayerApproximation,
+    RetentionCell,
+    RWKVCell,
+)
 from sparse_rtrl.diagonal_cell import Given, Learned, Mapped
 from sparse_rtrl.diagonal_influence import DiagonalInfluence
 from sparse_rtrl.errors import DisagreementError
@@ -819,3 +830,108 @@ def test_messages_name_the_argument():
         RTRL(Empty(3, (3,)), 2)
     with pytest.raises(ContractError, match=r"output must return a tensor \(.*a row per input row, got tuple"):
         RTRL(Custom(output=lambda x, before, h, *values: (h, h)), 2)(x[0])
+
+
+class Agent(torch.nn.Module):
+    """A module that holds the learner of its own cell."""
+
+    def __init__(self, commit_every):
+        super().__init__()
+        self.cell = initial_cell("retention, token shift")
+        self.learner = RTRL(self.cell, 3, commit_every=commit_every)
+        self.cell.learner = self.learner  # a cycle
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda each: pickle.loads(pickle.dumps(each)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("commit_every", [1, 5, "auto"])
+def test_modules_that_hold_a_learner_are_copied_in_mid_stream(how, commit_every):
+    agent, x, c = Agent(commit_every), inputs(19, 3), cotangents(19, 3)
+    online(agent.learner, x[:7], c[:7], [1, 2])
+    other = COPIES[how](agent)
+    assert other.learner.cell is other.cell is not agent.cell and other.cell.learner is other.learner
+    found = [online(each.learner, x[7:], c[7:], [2], {3: RESETS[6]}) for each in (agent, other)]
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0]) and bool(found[0]["start"].any())
+
+
+def test_a_shallow_copy_goes_its_own_way_with_the_same_cell():
+    cell, x, c = initial_cell("lru"), inputs(12, 3), cotangents(12, 3, density=1.0)
+    learner = RTRL(cell, 3, commit_every=4)
+    online(learner, x[:5], c[:5], [1])
+    other = copy.copy(learner)
+    assert other.cell is cell
+    before = learner.state
+    online(other, 2 * x[5:9], c[5:9], [1])
+    assert torch.equal(before, learner.state)
+    expected = bptt(cell, x, torch.cat((0 * c[:5], c[5:])))
+    assert worst_error(online(learner, x[5:], c[5:], [1]), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("how", [*COPIES, "shallow"])
+def test_the_past_of_carry_is_copied_in_mid_stream(how):
+    """The copy hears of the runs of its own cell; with the same cell both do, and each keeps to its own."""
+    cell, x, c = initial_cell("lru"), inputs(12, 3), cotangents(12, 3)
+    carry = HookedCarry(cell, commit_every=3)
+    state = carry(cell.initial_state(3))
+    for t in range(4):
+        state = carry(cell(x[t], state)[1])
+    past = carry._past
+    modules = {id(module): module for module in cell.modules()}
+    copied = copy.deepcopy(past, modules) if how == "shallow" else COPIES[how](past)
+    assert (copied.cell is cell) == (how == "shallow") and copied._engine.cell is copied.cell
+    other = HookedCarry(copied.cell, commit_every=3)
+    other._past = copied
+    found, entries = [], state.detach()
+    for each in (carry, other):
+        each._entry = None
+        own = each._past.cell
+        own.zero_grad()
+        state = each(entries.clone())
+        for t in range(4, 12):
+            out, state = own(x[t], state)
+            state = each(state)
+            (out * c[t]).sum().backward()
+        found.append(gradients_of(own))
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0]) and bool(found[0]["start"].any())
+    assert len(carry._past._runs) <= 1  # of a carry that is left alone, while its cell runs on
+
+
+def test_the_per_layer_approximation_trains_initial_states_and_is_copied():
+    def make():
+        torch.manual_seed(0)
+        cells = [LRUCell(4, 3, 4, r_min=0.5), InitialELSTM(4, 3, 4)]
+        stack = DiagonalStack(3, cells, 2).double()
+        cells[1].make_initial()
+        return stack
+
+    def learn(learner, x, c):
+        learner.stack.zero_grad()
+        for x_t, c_t in zip(x, c, strict=True):
+            (learner(x_t) * c_t).sum().backward()
+        return gradients_of(learner.stack)
+
+    stack, x, c = make(), inputs(9, 3), cotangents(9, 3, density=1.0)
+    expected = bptt(stack, x, c)
+    learner = PerLayerApproximation(stack, 3)
+    stack.cells[1].start.data.add_(0.2)
+    expected = bptt(stack, x, c)
+    upper = {n: g for n, g in expected.items() if n.startswith(("cells.1.", "mixings.1.", "head."))}
+    assert "cells.1.start" in upper
+    found = learn(learner, x, c)
+    assert worst_error({n: found[n] for n in upper}, upper) <= 1e-12
+    learner.reset()
+    found = learn(learner, x[:5], c[:5])
+    others = [copy.deepcopy(learner), pickle.loads(pickle.dumps(learner)), copy.copy(learner)]
+    loaded = PerLayerApproximation(copy.deepcopy(stack), 3)
+    loaded.load_state_dict(learner.state_dict())
+    for state in learner.state:
+        state.zero_()  # a copy
+    first, *rest = [learn(each, x[5:], c[5:]) for each in (learner, *others, loaded)]
+    assert all(torch.equal(first[n], other[n]) for other in rest for n in first)
+    with pytest.raises(ValueError, match=r"state is of another stack, dtype or batch size"):
+        PerLayerApproximation(copy.deepcopy(stack), 2).load_state_dict(learner.state_dict())
