@@ -6,12 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Packages of others, in an environment of their own that sees the packages of .venv.
+ECOSYSTEM := .venv-ecosystem
 # Only for a torch without CUDA, which brings no Triton of its own.
 TRITON := triton==3.6.0
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test test-ecosystem gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -38,6 +40,17 @@ test: $(STAMP)  ## Run the tests, one process per core, and every benchmark once
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-disable
 
+$(ECOSYSTEM)/.installed: $(STAMP) tests/ecosystem/requirements.txt
+	$(BIN)/python -m venv --clear $(ECOSYSTEM)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(ECOSYSTEM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	$(subst $(VENV),$(ECOSYSTEM),$(PIP)) --no-deps -r tests/ecosystem/requirements.txt
+	@touch $@
+
+test-ecosystem: $(ECOSYSTEM)/.installed  ## Carry recurrent modules of other packages; write docs/modules.md
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem \
+		--modules-table docs/modules.md
+
 gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network
 	$(PYTHON) -m bench.gpu_check
 
@@ -58,6 +71,6 @@ format: $(STAMP)  ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove caches and build outputs; .venv and runs/ stay
+clean:  ## Remove caches and build outputs; environments and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -print | xargs rm -rf

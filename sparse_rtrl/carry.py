@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparse_rtrl.carry_check import Step, compare_with_bptt
 from sparse_rtrl.carry_estimate import CarryEstimate, estimate_carry
 from sparse_rtrl.diagonal_cell import DiagonalCell
+from sparse_rtrl.engine import checked_mask
 from sparse_rtrl.entry import EnterSegment
-from sparse_rtrl.errors import ContractError
+from sparse_rtrl.errors import ContractError, DisagreementError
 from sparse_rtrl.estimate import DiagonalEstimate, estimate
+from sparse_rtrl.hidden_state import HiddenStates
 from sparse_rtrl.methods import METHODS, Diagonal, Method, Past
 from sparse_rtrl.parameter_uses import SegmentGraph, walk
 from sparse_rtrl.parameters import RecurrentParameter
 from sparse_rtrl.precision import full_precision
+from sparse_rtrl.verify import Verifier, Verify
 
 
 class _Entry:
@@ -44,7 +49,12 @@ class _Entry:
                     " through the past has nowhere to go: unfreeze parameters before h = carry(h)"
                 )
         self.used = True
-        return [found[p.name].to(p.tensor.dtype) if p.name in found else None for p in self.selected]
+        return [_as_gradient(found[p.name], p.tensor) if p.name in found else None for p in self.selected]
+
+
+def _as_gradient(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient in the dtype of its parameter; that of a complex one from pairs of real numbers."""
+    return (torch.view_as_complex(gradient.contiguous()) if tensor.is_complex() else gradient).to(tensor.dtype)
 
 
 class Carry:
@@ -101,6 +111,11 @@ class Carry:
         batch_dim: dimension of the streams in the tensors of the state; 1 for the state of ``nn.LSTM``.
         method: what is kept of the past.
         generator: source of the random signs of ``"uoro"``; None for torch's default one.
+        verify: which segments are compared with an ordinary backward pass: ``"sample"`` (one in 64, at random),
+            ``"always"``, ``"never"``, or one in so many. A fault that is there in every segment stays unnoticed for
+            ``k`` segments with probability ``(1 - 1/64)^k``: 36 % for 64, 0.1 % for 440.
+        capture: ``"dense"`` captures every parameter by ordinary backward passes, one per stream and state entry:
+            exact for any module whose streams are independent, slower. ``"auto"`` does so only where it must.
     """
 
     def __init__(
@@ -112,29 +127,44 @@ class Carry:
         batch_dim: int = 0,
         method: Method = "exact",
         generator: torch.Generator | None = None,
+        verify: Verify = "sample",
+        capture: Literal["auto", "dense"] = "auto",
     ) -> None:
+        include = None if include is None else list(include)
+        exclude = list(exclude or ())
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
         if method not in METHODS:
             raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
         if generator is not None and method != "uoro":
             raise ValueError(f"generator is for method 'uoro', got one for method {method!r}, which draws nothing")
+        if capture not in ("auto", "dense"):
+            raise ValueError(f"capture must be 'auto' or 'dense', got {capture!r}")
+        lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+        if lazy:
+            raise ValueError(f"module has parameters without a shape yet, {lazy}: run it once before Carry(module)")
+        self._options: dict[str, Any] = {"commit_every": commit_every, "batch_dim": batch_dim, "method": method}
+        self._options |= {"include": include, "exclude": exclude, "generator": generator, "capture": capture}
         self.module = module
         self.commit_every = commit_every
         self.batch_dim = batch_dim
+        self.capture = capture
         self.method: Method = method
-        self._include = None if include is None else list(include)
-        self._exclude = list(exclude or ())
+        self._include, self._exclude = include, exclude
         self._check_selection()
         self._past: Past | Diagonal
-        if isinstance(module, DiagonalCell) and method == "exact":
-            self._past = Diagonal(module, commit_every)
+        self._verifier = Verifier(verify)
+        if isinstance(module, DiagonalCell) and method == "exact" and capture == "auto":
+            self._past = Diagonal(module, commit_every, self._verifier)
         else:
-            self._past = METHODS[method](commit_every, generator)
+            self._past = METHODS[method](commit_every, generator, self._verifier, capture == "dense")
         self._trainable = {p.name for p in self._selected() if p.trainable}
         self._entry: Tensor | None = None
         self._opened: _Entry | None = None
         self._capturing = False
+        self._hidden = HiddenStates(module)
+        self._resumed = False
+        """Whether the influence is that of the state which comes next, so that its graph has been captured before."""
 
     @torch.compiler.disable(reason="carry reads the autograd graph that the segment left behind")
     def __call__(self, state: Any) -> Any:
@@ -143,7 +173,9 @@ class Carry:
         Inside a function given to ``torch.compile`` this is a graph break.
 
         Args:
-            state: the state that the module returned, with its graph; at the start of a stream any state.
+            state: the state that the module returned, with its graph. At the start of a stream any state; one with a
+                graph (a trained first state, that of an encoder in the module, the state after a first step from
+                ``None``) starts with the influence ``dh/dθ``.
 
         Returns:
             The same state for the next segment, cut off from the graph; a backward pass that reaches it continues
@@ -161,8 +193,13 @@ class Carry:
         leaves, structure = pytree.tree_flatten(state)
         end = self._flat(leaves)
         selected = self._selected()
-        if self._entry is not None and self.method != "truncated":
-            self._close_segment(end, self._entry, selected)
+        self._check_shapes(selected)
+        if self.method != "truncated":
+            if self._entry is not None or (end.requires_grad and not self._resumed):
+                self._capture_segment(end, self._entry, selected)
+        self._resumed = False
+        if self.method != "truncated":
+            self._hidden.watch(end)
         self._note_joining(selected)
         tensors = [p.tensor for p in selected]
         self._opened = _Entry(self, self._past.segments, selected, tensors)
@@ -171,6 +208,7 @@ class Carry:
             # Requires a gradient by itself, so that the segment has a graph even while every parameter is frozen.
             begin = EnterSegment.apply(self._opened, begin.requires_grad_(), *tensors)
         self._entry = begin
+        # Copies, which the caller may write to: h[done] = 0.
         return pytree.tree_unflatten(self._unflat(begin, leaves), structure)
 
     def reset(self, streams: Tensor | None = None) -> None:
@@ -180,16 +218,13 @@ class Carry:
             streams: boolean mask ``(B,)``; None for all, after which ``h = carry(h0)`` starts anew.
         """
         like = self._past.like
+        if streams is not None and not isinstance(streams, Tensor):
+            raise ValueError(f"streams must be a bool mask (B,), or None for all, got {streams!r}")
         if like is not None:
-            size = like.shape[0]
-            mask = torch.ones(size, dtype=torch.bool) if streams is None else streams
-            if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
-                raise ValueError(
-                    f"streams must be a bool mask of shape ({size},), got {mask.dtype} {tuple(mask.shape)}"
-                )
-            self._past.reset(mask.to(like.device))
+            self._past.reset(checked_mask(streams, like.shape[0], like.device))
         if streams is None:
             self._entry = self._opened = None
+            self._resumed = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call :meth:`flush` before every step of an optimizer.
@@ -208,19 +243,26 @@ class Carry:
 
         Raises:
             RuntimeError: if the loss of a segment went backwards and the segment is still open.
+            DisagreementError: on a CUDA device, if a captured segment disagreed with an ordinary backward pass.
         """
         if self._opened is not None and self._opened.used and self._opened.index == self._past.segments:
             raise RuntimeError(
                 "the optimizer would step while a segment is open: call h = carry(h) right after the forward pass,"
                 " before backward and step"
             )
+        self._verifier.settle()
 
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every carried parameter, ``(B, H, *shape)``; the state's tensors side by side.
 
-        That of an approximate method is what it stands for, zeros included.
+        That of an approximate method is what it stands for, zeros included. For a complex parameter it is
+        ``dh/d Re θ + i dh/d Im θ``.
         """
-        return self._past.influence()
+        pairs = {p.name for p in self._past.parameters if isinstance(p, _ComplexParameter)}
+        return {
+            name: torch.view_as_complex(P.contiguous()) if name in pairs else P
+            for name, P in self._past.influence().items()
+        }
 
     @property
     def kept_bytes(self) -> int:
@@ -245,9 +287,40 @@ class Carry:
         reached = [p for p in trainable if id(p.tensor) in graph.accumulators]
         return estimate_carry(self.method, [p.shape for p in reached or trainable], end)
 
+    def check(self, step: Step, xs: Sequence[Any], state: Any) -> dict[str, float]:
+        """Compare the gradient of a new ``Carry`` with these options with backpropagation through the whole past.
+
+        Nothing of this one changes, nor ``.grad``. The loss is a random combination of every new state.
+
+        Args:
+            step: runs one segment: ``step(x, state)`` returns the new state, such as ``lambda x, h: model(x, h)[1]``.
+            xs: its inputs, one per segment; three or more, so that there is a past to carry.
+            state: the first state.
+
+        Returns:
+            Relative error by parameter name.
+
+        Raises:
+            ContractError: naming the parameters whose error is more than rounding; an approximate method has some.
+        """
+        fresh = Carry(self.module, **{**self._options, "verify": "always", "generator": None})
+        return compare_with_bptt(fresh, step, xs, state)
+
+    def __copy__(self) -> Carry:
+        """A ``Carry`` of the same module that goes on by itself."""
+        shared: list[Any] = [*self.module.modules(), *self.module.parameters(), *self.module.buffers()]
+        return copy.deepcopy(self, {id(each): each for each in shared})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the graph of the segment that is open: a copy goes on with ``h = carry(h)``."""
+        self._verifier.settle()
+        resumed = self._resumed or self._entry is not None
+        self._hidden.forget()
+        return {**vars(self), "_entry": None, "_opened": None, "_resumed": resumed}
+
     def state_dict(self) -> dict[str, Any]:
         """What is kept, after committing. Resume with it and ``h = carry(h)`` on the saved state."""
-        return {"version": 1, **self._past.state_dict()}
+        return {"version": 1, "started": self._entry is not None, **self._past.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -259,6 +332,7 @@ class Carry:
             raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
         self._past.load_state_dict(state, self._selected())
         self._entry = self._opened = None
+        self._resumed = state.get("started", state["like"] is not None)
 
     def _flat(self, leaves: list[Any]) -> Tensor:
         """The floating-point tensors of a state side by side, ``(B, H)``, at least float32; complex ones as pairs."""
@@ -269,8 +343,13 @@ class Carry:
         if len(sizes) > 1 or None in sizes:
             shapes = [tuple(part.shape) for part in parts]
             raise ValueError(f"the state's tensors must agree in dimension batch_dim = {self.batch_dim}, got {shapes}")
-        dtype = torch.promote_types(parts[0].dtype, torch.float32)
-        return torch.cat([part.movedim(self.batch_dim, 0).flatten(1).to(dtype) for part in parts], dim=1)
+        dtype = torch.float32
+        for part in parts:
+            dtype = torch.promote_types(dtype, part.dtype)
+        if not any(part.numel() for part in parts):
+            raise ValueError(f"state must hold numbers, got tensors of shapes {[tuple(p.shape) for p in parts]}")
+        rows = [part.movedim(self.batch_dim, 0) for part in parts]
+        return torch.cat([row.reshape(len(row), row.shape[1:].numel()).to(dtype) for row in rows], dim=1)
 
     def _unflat(self, flat: Tensor, leaves: list[Any]) -> list[Any]:
         """The tensors of a state from ``(B, H)``, in the shapes and dtypes of ``leaves``."""
@@ -280,7 +359,7 @@ class Carry:
                 like = torch.view_as_real(leaf) if leaf.is_complex() else leaf
                 shape = like.movedim(self.batch_dim, 0).shape
                 size = shape[1:].numel()
-                part = flat[:, start : start + size].reshape(shape).movedim(0, self.batch_dim).to(like.dtype)
+                part = flat[:, start : start + size].reshape(shape).movedim(0, self.batch_dim).to(like.dtype).clone()
                 out.append(torch.view_as_complex(part.contiguous()) if leaf.is_complex() else part)
                 start += size
             else:
@@ -288,26 +367,40 @@ class Carry:
         return out
 
     @full_precision
-    def _close_segment(self, end: Tensor, entry: Tensor, selected: list[RecurrentParameter]) -> None:
-        """Capture the segment between ``entry`` and ``end``, both ``(B, H)``."""
-        graph = walk(end, entry.grad_fn)
-        if entry.grad_fn not in graph.consumers:
+    def _capture_segment(self, end: Tensor, entry: Tensor | None, selected: list[RecurrentParameter]) -> None:
+        """Capture the segment between ``entry`` and ``end``, both ``(B, H)``; without an entry, one from nowhere."""
+        graph = walk(end, None if entry is None else entry.grad_fn)
+        if entry is not None and entry.grad_fn not in graph.consumers:
             raise RuntimeError(
                 "state does not depend on the state that carry returned last: give carry the state that the module"
                 " returned, with its graph; before a new sequence call carry.reset()"
             )
         self._check_reached(graph)
+        if entry is not None and entry.shape != end.shape:
+            raise ValueError(
+                f"state must keep its size (B, H): the state that carry returned last has {tuple(entry.shape)} numbers,"
+                f" this one {tuple(end.shape)}. Start with the whole state, or with carry(state) after the first step"
+            )
         try:
             self._capturing = True
-            self._past.close(end, entry, graph, selected)
+            if entry is None:
+                self._past.begin(end, graph, selected)
+            else:
+                self._past.close(end, entry, graph, selected)
         except ContractError as error:
             norms = [
                 name
                 for name, module in self.module.named_modules()
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
             ]
+            if isinstance(error, DisagreementError) or not norms:
+                raise
             raise ContractError(
-                [*error.violations, *(f"{name} is a batch norm in training" for name in norms)]
+                [
+                    *error.violations,
+                    f"{', '.join(norms)} is a batch norm in training: put it into eval mode, or take a norm that works"
+                    " within a stream",
+                ]
             ) from error
         except RuntimeError as error:
             if "second time" in str(error):
@@ -330,13 +423,29 @@ class Carry:
             self._capturing = False
 
     def _check_reached(self, graph: SegmentGraph) -> None:
-        """Refuse trainable leaves that reach the state and do not belong to the module."""
+        """Refuse what reaches the state and is carried by nobody: other tensors, and states of earlier segments."""
+        if any(isinstance(getattr(node, "entry", None), _Entry) for node in graph.nodes):
+            raise RuntimeError(
+                "the state depends on a state that carry returned earlier than the last one, or on one of another"
+                " Carry: use only what the last h = carry(h) returned, or detach the older one"
+            )
         own = {id(p) for p in self.module.parameters()}
         for variable, _ in graph.accumulators.values():
             if id(variable) not in own:
                 raise RuntimeError(
                     f"a trainable tensor of shape {tuple(variable.shape)} reaches the state but is no parameter of the"
-                    " module given to Carry: give Carry a module that holds it, or detach what is computed from it"
+                    " module given to Carry: give Carry a module that holds it, or detach what is computed from it. (A"
+                    " first state that a module makes by itself with requires_grad=True is such a tensor: give it one)"
+                )
+
+    def _check_shapes(self, selected: list[RecurrentParameter]) -> None:
+        """Refuse parameters whose shape changed since they are carried."""
+        carried = {p.name: p.shape for p in self._past.parameters}
+        for p in selected:
+            if p.name in carried and p.shape != carried[p.name]:
+                raise RuntimeError(
+                    f"parameter {p.name} had shape {tuple(carried[p.name])} when it was first carried and has"
+                    f" {tuple(p.shape)} now: make a new Carry after changing a module"
                 )
 
     def _note_joining(self, selected: list[RecurrentParameter]) -> None:
@@ -357,8 +466,15 @@ class Carry:
             idle = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
             if idle:
                 raise ValueError(f"{argument} names {idle}, but the parameters are {names}")
-        if not any(p.trainable for p in self._selected()):
+        selected = self._selected()
+        if not any(p.trainable for p in selected):
             raise ValueError("module has no trainable parameter to carry")
+        sparse = [p.name for p in selected if getattr(p.module, "sparse", False) and p.attribute == "weight"]
+        if sparse:
+            raise ValueError(
+                f"module has parameters with sparse gradients, {sparse}, but gradients through the past are dense: use"
+                " nn.Embedding(..., sparse=False), or exclude them"
+            )
 
     def _selected(self) -> list[RecurrentParameter]:
         """Parameters that may be carried, frozen ones included; their columns are not yet assigned."""
@@ -381,11 +497,19 @@ def _matches(name: str, patterns: list[str]) -> bool:
 def _parameters_of(module: nn.Module) -> list[RecurrentParameter]:
     """Every parameter of a module, each once."""
     seen: set[int] = set()
-    out = []
+    out: list[RecurrentParameter] = []
     for prefix, owner in module.named_modules():
         for attribute, parameter in owner._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 name = f"{prefix}.{attribute}" if prefix else attribute
-                out.append(RecurrentParameter(name, owner, attribute, False, parameter.shape, 0))
+                if parameter.is_complex():
+                    pairs = torch.Size((*parameter.shape, 2))
+                    out.append(_ComplexParameter(name, owner, attribute, False, pairs, 0))
+                else:
+                    out.append(RecurrentParameter(name, owner, attribute, False, parameter.shape, 0))
     return out
+
+
+class _ComplexParameter(RecurrentParameter):
+    """A complex parameter, carried as pairs of real numbers: its shape here ends in 2."""

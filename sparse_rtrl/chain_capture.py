@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from sparse_rtrl.parameter_uses import without_hooks
+from sparse_rtrl.parameter_uses import PROBE_SCALE, without_hooks
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.slot_cell import Routing
 from sparse_rtrl.step_chain import AlikeSteps, Diagonal, Linear, OneRowTerm, Rows, StepChain, pull_back, rows_count
@@ -30,7 +31,7 @@ Edge: TypeAlias = tuple[GraphNode, Any]
 Operation: TypeAlias = tuple[str, tuple[int | None, ...], tuple[Hashable, ...], Hashable]
 """Name, values whose gradients come in, values and parameters whose gradients go out, attributes."""
 
-_SAME = ("AliasBackward0", "ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
+_SAME = ("AliasBackward0", "CloneBackward0", "ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
 _SPLITS = ("UnsafeSplitBackward0", "SplitBackward0", "SplitWithSizesBackward0")
 _POINTWISE = ("TanhBackward0", "SigmoidBackward0", "ReluBackward0", "NegBackward0", "RsubBackward1")
 _BINARY = ("AddBackward0", "SubBackward0", "MulBackward0")
@@ -63,7 +64,8 @@ class _Step:
 class ChainCapture:
     """Captures segments as :class:`~sparse_rtrl.step_chain.StepChain`, where that is possible.
 
-    The first segment of each new kind is compared with an ordinary backward pass.
+    A segment of a new kind is compared with an ordinary backward pass, and so is one in which hooks were registered:
+    the graph does not show them. A kind that disagreed once is left to the general capture from then on.
 
     Args:
         groups: the carried parameters, in the core group.
@@ -72,7 +74,9 @@ class ChainCapture:
     def __init__(self, groups: ParameterGroups) -> None:
         self.groups = groups
         self._accepted: dict[Hashable, bool] = {}
-        self._weights: dict[int, tuple[Hashable, Tensor]] = {}
+        self._hooks = 0
+        """How many hooks the process had registered when the last segment was captured."""
+        self._weights: dict[int, Tensor] = {}
 
     def segment(self, end: Tensor, entry: Tensor, parameters: list[Tensor], routing: Routing) -> StepChain | None:
         """Capture one segment; the graph is left as it is.
@@ -102,43 +106,45 @@ class ChainCapture:
                 last = first
                 while last < len(steps) and signatures[last] == signatures[first]:
                     last += 1
-                parts.append(self._evaluate(steps[first:last], end, parameters))
+                parts.append(self._evaluate(steps[first:last], end))
                 first = last
         except NotAChain:
             return None
         if not all(part.terms for part in parts):  # a step of the segment uses no parameter
             return None
         chain = StepChain(tuple(parts), end.shape[0], end.shape[1], routing)
-        if kind not in self._accepted:
-            verdict = self._agrees(chain, end, entry, parameters)
-            if verdict is None:  # nothing can be seen in a segment that is not finite, or at gradients of zero
-                return chain
-            self._accepted[kind] = verdict
-        return chain if self._accepted[kind] else None
+        hooks, self._hooks = self._hooks, RemovableHandle.next_id
+        if kind not in self._accepted or hooks != self._hooks:
+            agrees, certain = self._agrees(chain, end, entry, parameters)
+            if certain or not agrees:
+                self._accepted[kind] = agrees
+            return chain if agrees else None
+        return chain
 
-    def _agrees(self, chain: StepChain, end: Tensor, entry: Tensor, parameters: list[Tensor]) -> bool | None:
-        """Whether a random row vector pulled back through a chain agrees with autograd; None if that shows nothing."""
+    def _agrees(self, chain: StepChain, end: Tensor, entry: Tensor, parameters: list[Tensor]) -> tuple[bool, bool]:
+        """Whether a random row vector pulled back through a chain agrees with autograd, and whether that shows much.
+
+        It does not where a gradient is zero, as that of a weight that multiplies a state of zeros.
+        """
         generator = torch.Generator(device="cpu").manual_seed(0)
         c = torch.randn(end.shape, generator=generator, dtype=torch.float64).to(end)
         inputs = [entry, *parameters]
         wanted = [i for i in inputs if i.requires_grad]
+        # Larger than gradients are, so that a hook that clips them shows; a power of two scales exactly.
         with without_hooks(parameters):
-            seen = torch.autograd.grad(end, wanted, c, retain_graph=True, allow_unused=True)
+            seen = torch.autograd.grad(end, wanted, PROBE_SCALE * c, retain_graph=True, allow_unused=True)
         by_input = {id(i): g for i, g in zip(wanted, seen, strict=True)}
-        truth = [by_input.get(id(i)) for i in inputs]
         core, v = pull_back([chain], c, self.groups)
         found = [v, *self.groups.split(core, core.new_zeros(0, 0))]
-        expected = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, truth, strict=True)]
-        if not all(bool(torch.isfinite(g).all()) for g in expected):
-            return None
-        scale = max(float(g.abs().max()) for g in expected)
+        pairs = [(mine, by_input[id(i)]) for mine, i in zip(found, inputs, strict=True) if id(i) in by_input]
+        errors = torch.stack([(mine if its is None else mine - its / PROBE_SCALE).abs().amax() for mine, its in pairs])
+        sizes = torch.stack([mine.abs().amax() for mine, _ in pairs])
         tolerance = 50 * torch.finfo(end.dtype).eps ** 0.75
-        for mine, its in zip(found, expected, strict=True):
-            if float((mine - its).abs().max()) > tolerance * max(float(its.abs().max()), 1e-2 * scale):
-                return False
-        return True if all(bool(g.any()) for g in truth if g is not None) else None
+        # What is not finite is not judged here; the caller refuses the segment.
+        agrees = not bool((errors > tolerance * torch.maximum(sizes, 1e-2 * sizes.amax())).any())
+        return agrees, bool((sizes > 0).all() & torch.isfinite(errors).all())
 
-    def _evaluate(self, steps: list[_Step], end: Tensor, parameters: list[Tensor]) -> AlikeSteps:
+    def _evaluate(self, steps: list[_Step], end: Tensor) -> AlikeSteps:
         """Diagonals, maps and terms of alike steps, all at once."""
         count, batch = len(steps), end.shape[0]
         step = steps[0]
@@ -188,9 +194,7 @@ class ChainCapture:
                         terms.append(OneRowTerm(number, offset, rows, steps_of(d), steps_of(z)))
                     if x is not None:
                         assert isinstance(x, int)
-                        linears.append(
-                            Linear(rows, steps_of(d), self._weight(nodes[0], weight, parameters), columns[x])
-                        )
+                        linears.append(Linear(rows, steps_of(d), self._weight(nodes[0], weight), columns[x]))
                 continue
             for rows, d in incoming.items():
                 for target, factor in zip(targets, factors, strict=True):
@@ -203,17 +207,15 @@ class ChainCapture:
         ]
         return AlikeSteps(count, tuple(linears), tuple(diagonals), tuple(terms))
 
-    def _weight(self, node: GraphNode, weight: Hashable, parameters: list[Tensor]) -> Tensor:
-        """A copy of a map's weight ``(M, K)``, one for as long as the parameter does not change."""
+    def _weight(self, node: GraphNode, weight: Hashable) -> Tensor:
+        """A copy of a map's weight ``(M, K)``, one for as long as its values do not change."""
         if not isinstance(weight, tuple):
             return node._saved_mat2.detach().T.clone(memory_format=torch.contiguous_format)
-        parameter = parameters[weight[1]]
-        state = (id(parameter), parameter._version, parameter.data_ptr())
+        now = node._saved_mat2.detach().T
         kept = self._weights.get(weight[1])
-        if kept is None or kept[0] != state:
-            kept = state, node._saved_mat2.detach().T.clone(memory_format=torch.contiguous_format)
-            self._weights[weight[1]] = kept
-        return kept[1]
+        if kept is None or not torch.equal(kept, now):
+            kept = self._weights[weight[1]] = now.clone(memory_format=torch.contiguous_format)
+        return kept
 
 
 class _Reader:

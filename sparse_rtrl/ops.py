@@ -247,6 +247,8 @@ class _Dispatched:
     """The operations of this module, looked up at each call."""
 
     def __getattr__(self, name: str) -> Any:
+        if name not in NAMES:
+            raise AttributeError(f"there is no operation {name!r}; there are {NAMES}")
         return globals()[name]
 
 

@@ -21,6 +21,9 @@ GraphNode: TypeAlias = Any
 Layout: TypeAlias = str
 """Where the streams are in the rows of a map: ``"outer"`` (stream by stream) or ``"inner"`` (step by step)."""
 
+PROBE_SCALE = 2.0**20
+"""What a probe of the backward pass is scaled by; a power of two, so that a linear one scales exactly."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -74,9 +77,18 @@ class SegmentGraph:
         """Whether ``torch.compile`` made a part of it, which hides the maps inside."""
         return "CompiledFunctionBackward" in self.names
 
+    def has(self, beginnings: tuple[str, ...]) -> bool:
+        """Whether the name of a node begins with one of these."""
+        return any(name.startswith(beginnings) for name in self.names)
 
-def walk(end: Tensor, entry: GraphNode) -> SegmentGraph:
-    """Walk the graph from ``end`` back to the node ``entry``, which is not passed.
+    def floating_dtypes(self) -> set[torch.dtype]:
+        """Floating-point dtypes of the nodes' outputs; the real ones of complex numbers."""
+        dtypes = {data.dtype for node in self.nodes for data in getattr(node, "_input_metadata", ())}
+        return {d.to_real() if d.is_complex else d for d in dtypes if d.is_floating_point or d.is_complex}
+
+
+def walk(end: Tensor, entry: GraphNode | None) -> SegmentGraph:
+    """Walk the graph from ``end`` back to the node ``entry``, which is not passed; with None to its leaves.
 
     Returns:
         The leaves that were met, and who uses what.
@@ -114,6 +126,23 @@ def without_hooks(parameters: list[Tensor]) -> Iterator[None]:
     finally:
         for hooks, saved in hooked:
             hooks.update(saved)
+
+
+@contextmanager
+def without_reducers(graph: SegmentGraph) -> Iterator[None]:
+    """Keep ``DistributedDataParallel(static_graph=True)`` from reducing gradients in a backward pass of ours.
+
+    Its first backward pass is to queue the reduction, and the node that does so cannot tell ours from the user's.
+    """
+    wrappers = [node.ddp_weakref() for node, name in zip(graph.nodes, graph.names, strict=True) if "DDPSink" in name]
+    waiting = [w for w in wrappers if w is not None and w.static_graph and not w._static_graph_delay_allreduce_enqueued]
+    for wrapper in waiting:
+        wrapper._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        for wrapper in waiting:
+            wrapper._static_graph_delay_allreduce_enqueued = False
 
 
 def uses_of(

@@ -15,7 +15,7 @@ from sparse_rtrl.methods.past import Past, too_late
 from sparse_rtrl.parameter_uses import SegmentGraph
 from sparse_rtrl.parameters import ParameterGroups, RecurrentParameter
 from sparse_rtrl.slot_cell import Routing
-from sparse_rtrl.step_chain import StepChain
+from sparse_rtrl.step_chain import StepChain, pull_back
 
 COMMIT_SECONDS, PULL_BACK_SECONDS, FLOPS = 5e-4, 2e-5, 1e11
 """What ``commit_every="auto"`` assumes of commits and of steps of a pull-back, beside arithmetic at that rate."""
@@ -45,28 +45,38 @@ class Exact(Past):
             self._window_steps = 0
         self._groups, self._influence, self._chain_capture = groups, influence, ChainCapture(groups)
 
-    def _close(self, end: Tensor, entry: Tensor, graph: SegmentGraph) -> None:
+    def _close(self, end: Tensor, entry: Tensor | None, graph: SegmentGraph) -> None:
         assert self._influence is not None
-        if self._window_is_full(end.shape[1]):
+        if entry is None or self._window_is_full(end.shape[1]):
             self._influence.commit()
             self._window_steps = 0
         captured = self._captured(end, entry, graph)
         self._influence.record([captured])
+        if entry is None:  # nothing lies before it that a loss could reach
+            self._influence.commit()
+            return
         if isinstance(captured, StepChain):
             self._window_steps += captured.count
         else:
             self._window_steps += max((term.tau for term in captured.core.terms), default=1)
 
-    def _captured(self, end: Tensor, entry: Tensor, graph: SegmentGraph) -> StepChain | StepJacobian:
+    def _captured(self, end: Tensor, entry: Tensor | None, graph: SegmentGraph) -> StepChain | StepJacobian:
         """The Jacobians of the segment, step by step if it is a chain of simple steps, else as one map."""
         assert self._chain_capture is not None
         none = torch.zeros(end.shape[0], 0, dtype=torch.int64, device=end.device)
         whole = torch.zeros(end.shape[0], 1, dtype=torch.int64, device=end.device)
         routing = Routing(none, whole, none)
-        chain = self._chain_capture.segment(end, entry, [p.tensor for p in self.parameters], routing)
+        chain = None
+        if entry is not None and not self.dense:
+            chain = self._chain_capture.segment(end, entry, [p.tensor for p in self.parameters], routing)
         if chain is not None:
             total = chain.total().expand(len(end), 1)
             check_finite(self.segments, {"the state": end, "a Jacobian of the segment": total})
+            if self.verifier.due():
+                assert self._groups is not None
+                stream, c = self.verifier.cotangent(end)
+                direct, u = pull_back([chain], c, self._groups)
+                self._verify(end, entry, graph, stream, c, u, direct)
             return chain
         J, factors = self._jacobians(end, entry, graph)
         return StepJacobian(J, routing, factors, Factors(J.new_zeros(end.shape[0], 0, end.shape[1], 0), ()))

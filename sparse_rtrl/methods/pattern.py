@@ -122,8 +122,8 @@ class PatternPast(PendingPast[tuple[Tensor, Factors]]):
     lies outside of ``M`` there too, so that this gradient has one more factor ``J`` right.
     """
 
-    def __init__(self, commit_every: int | str = "auto", generator: torch.Generator | None = None) -> None:
-        super().__init__(commit_every, generator)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._kept: dict[str, PatternInfluence] = {}
 
     def _allocate(self, parameters: list[RecurrentParameter], end: Tensor) -> None:
@@ -131,9 +131,9 @@ class PatternPast(PendingPast[tuple[Tensor, Factors]]):
             if p.name not in self._kept:
                 self._kept[p.name] = PatternInfluence.empty(end.shape[0], p.shape.numel(), end)
 
-    def _close(self, end: Tensor, entry: Tensor, graph: SegmentGraph) -> None:
+    def _close(self, end: Tensor, entry: Tensor | None, graph: SegmentGraph) -> None:
         J, factors = self._jacobians(end, entry, graph)
-        D = self._kept_part(J, end, entry, graph)
+        D = J if entry is None else self._kept_part(J, end, entry, graph)
         self._settle()
         self._pending = (D, factors)
 

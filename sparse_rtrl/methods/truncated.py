@@ -22,7 +22,7 @@ class Truncated(Past):
     def _forget(self) -> None:
         pass
 
-    def _close(self, end: Tensor, entry: Tensor, graph: SegmentGraph) -> None:
+    def _close(self, end: Tensor, entry: Tensor | None, graph: SegmentGraph) -> None:
         pass
 
     def gradients(self, index: int, u: Tensor) -> dict[str, Tensor]:

@@ -43,8 +43,8 @@ class UORO(PendingPast[_Captured]):
 
     name: ClassVar[str] = "uoro"
 
-    def __init__(self, commit_every: int | str = "auto", generator: torch.Generator | None = None) -> None:
-        super().__init__(commit_every, generator)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._state: Tensor | None = None
         self._weights: Tensor | None = None
 
@@ -58,13 +58,16 @@ class UORO(PendingPast[_Captured]):
         if self._state is None:
             self._state = torch.zeros_like(end, requires_grad=False)
 
-    def _close(self, end: Tensor, entry: Tensor, graph: SegmentGraph) -> None:
+    def _close(self, end: Tensor, entry: Tensor | None, graph: SegmentGraph) -> None:
         device = end.device if self.generator is None else self.generator.device
         bits = torch.randint(0, 2, end.shape, generator=self.generator, device=device)
         noise = (2 * bits - 1).to(end)
         back, factors = self._jacobians(end, entry, graph, noise.unsqueeze(0))
         self._settle()
         assert self._state is not None
+        if entry is None:
+            self._pending = _Captured(torch.zeros_like(noise), noise, self._immediate(factors, end))
+            return
         moved = _forward_product(end, entry, self._state)
         tolerance = 0.05 if "ToCopyBackward0" in graph.names else 50 * torch.finfo(end.dtype).eps ** 0.75
         _check_product(noise, moved, back.squeeze(1), self._state, tolerance)
