@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import os
@@ -12,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +102,14 @@ class ByteCorpus(Corpus):
         self._map = lru_cache(maxsize=_MAPS)(self._open)
         self.fingerprint = self._fingerprint(root)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy maps the files anew.
+        return {name: value for name, value in vars(self).items() if name != "_map"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._map = lru_cache(maxsize=_MAPS)(self._open)
+
     def _open(self, number: int) -> Symbols:
         file = self.files[number]
         size = int(self.borders[number + 1] - self.borders[number])
@@ -156,6 +165,7 @@ class FastaCorpus(Corpus):
     input_size, output_size = 5, 4
 
     def __init__(self, files: Sequence[Path], folder: Path | None = None) -> None:
+        self.files, self.folder = list(files), folder
         lengths: list[int] = []
         digest = hashlib.sha256()
         with tempfile.TemporaryFile(dir=folder) as decoded:
@@ -174,6 +184,28 @@ class FastaCorpus(Corpus):
         self.borders = np.cumsum([0, *lengths], dtype=np.int64)
         digest.update(self.borders.tobytes())
         self.fingerprint = digest.hexdigest()
+
+    def __copy__(self) -> FastaCorpus:
+        """A corpus on the same decoded file, which nobody writes to."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastaCorpus:
+        """As :meth:`__copy__`."""
+        return copy.copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The decoded file has no name; a pickle decodes the files anew, which must be the same.
+        return {"files": self.files, "folder": self.folder, "fingerprint": self.fingerprint}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["files"], state["folder"])  # type: ignore[misc]
+        if self.fingerprint != state["fingerprint"]:
+            raise ValueError(
+                f"the files of a pickled corpus must hold what they held, but the sequences of {_named(self.files)}"
+                " are other ones now"
+            )
 
     def _read(self, start: int, stop: int) -> Symbols:
         return np.array(self._symbols[start:stop])
@@ -230,6 +262,10 @@ def _size_of(file: Path) -> int:
     if not file.is_file() or not os.access(file, os.R_OK):
         raise OSError(f"corpus must be a file that can be read, which {file} is not")
     return file.stat().st_size
+
+
+def _named(files: Sequence[Path]) -> str:
+    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
 
 def _names(files: Sequence[Path]) -> str:

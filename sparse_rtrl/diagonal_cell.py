@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_rtrl.errors import ContractError
 from sparse_rtrl.precision import full_precision
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -90,9 +91,9 @@ class Given:
 
 
 Projection: TypeAlias = Mapped | Learned | Given
-Observer: TypeAlias = Callable[[Tensor, list[Tensor]], None]
+Observer: TypeAlias = Callable[[tuple[Projection, ...], list[Tensor], list[Tensor]], None]
 
-_observers: WeakKeyDictionary[nn.Module, WeakMethod[Observer]] = WeakKeyDictionary()
+_observers: WeakKeyDictionary[nn.Module, list[WeakMethod[Observer]]] = WeakKeyDictionary()
 
 
 class DiagonalCell(nn.Module):
@@ -146,16 +147,25 @@ class DiagonalCell(nn.Module):
 
     def zero_rows(self, rows: int) -> Tensor:
         """Input rows of zeros ``(rows, input_size)``, twice as wide with ``previous_input``, as the parameters are."""
-        reference = next(self.parameters())
+        reference = next(self.parameters(), None)
+        if reference is None:
+            raise ValueError(f"cell must have parameters, got a {type(self).__name__} without any")
         dtype = reference.dtype.to_real() if reference.is_complex() else reference.dtype
         width = self.input_size * (2 if self.previous_input else 1)
         return torch.zeros(rows, width, dtype=dtype, device=reference.device)
 
-    def initial_entries(self, batch_size: int) -> Tensor:
-        """State entries a stream starts from, ``(B, *state_shape)``: zeros."""
+    def zero_entries(self, rows: int) -> Tensor:
+        """State entries of zeros ``(rows, *state_shape)``, as the parameters are."""
         like = self.zero_rows(0)
         dtype = like.dtype.to_complex() if self.complex_state else like.dtype
-        return like.new_zeros(batch_size, *self.state_shape, dtype=dtype)
+        return like.new_zeros(rows, *self.state_shape, dtype=dtype)
+
+    def initial_entries(self, batch_size: int) -> Tensor:
+        """State entries a stream starts from, ``(B, *state_shape)``: zeros.
+
+        A subclass may return others, also a function of the cell's parameters, which are then trained.
+        """
+        return self.zero_entries(batch_size)
 
     def initial_state(self, batch_size: int) -> State:
         """State a stream starts from, see :meth:`initial_entries`; the previous input of a first step is zero."""
@@ -210,11 +220,11 @@ class DiagonalCell(nn.Module):
     def unroll(self, xs: Tensor, state: State) -> tuple[Tensor, State]:
         """Run several steps: ``xs (n, B, input_size)`` and a state to outputs ``(n, B, ...)`` and the new state."""
         rows = self.rows(xs, state)
-        _, values = self.projected(rows)
+        projections, values = self.projected(rows)
         states = self.states(state if isinstance(state, Tensor) else state[0], values, xs.shape[0])
-        observer = _observers[self]() if self in _observers else None
-        if observer is not None:
-            observer(rows, states)
+        for observer in [method() for method in _observers.get(self, ())]:
+            if observer is not None:
+                observer(projections, values, states)
         return self.outputs(rows, states, values), self.next_state(xs, states)
 
     def rows(self, xs: Tensor, state: State) -> Tensor:
@@ -234,6 +244,7 @@ class DiagonalCell(nn.Module):
         projections = tuple(self.project(rows))
         return projections, [projection.value for projection in projections]
 
+    @full_precision
     def states(self, h: Tensor, values: list[Tensor], steps: int) -> list[Tensor]:
         """The state entries before the first and after each of ``steps`` steps, from values of all their rows."""
         batch = h.shape[0]
@@ -244,25 +255,36 @@ class DiagonalCell(nn.Module):
         states = [h]
         for step_values in zip(*per_step, strict=True):
             states.append(self.step(states[-1], *step_values))
+        states[-1] = _apart(states[-1], [h, *values])
         return states
 
     def outputs(self, rows: Tensor, states: list[Tensor], values: list[Tensor]) -> Tensor:
         """Outputs ``(n, B, ...)`` of steps whose states are given, see :meth:`states`."""
         steps = len(states) - 1
         before, after = (states[0], states[1]) if steps == 1 else (torch.cat(states[:-1]), torch.cat(states[1:]))
-        return self.output(rows, before, after, *values).unflatten(0, (steps, states[0].shape[0]))
+        outputs = self.output(rows, before, after, *values)
+        if not isinstance(outputs, Tensor) or outputs.shape[:1] != before.shape[:1]:
+            got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ContractError([f"output must return a tensor ({len(before)}, ...), a row per input row, got {got}"])
+        return _apart(outputs, [before, after]).unflatten(0, (steps, states[0].shape[0]))
 
     def next_state(self, xs: Tensor, states: list[Tensor]) -> State:
         """The state after the steps, with the previous input where the cell looks at it."""
         return (states[-1], xs[-1].clone()) if self.previous_input else states[-1]  # the caller may reuse the inputs
 
 
+def _apart(tensor: Tensor, others: list[Tensor]) -> Tensor:
+    """The tensor, or a copy if it shares memory with others: the caller may write to it or to them."""
+    place = tensor.untyped_storage().data_ptr()
+    return tensor.clone() if any(place == other.untyped_storage().data_ptr() for other in others) else tensor
+
+
 def observe(cell: DiagonalCell, observer: Observer) -> None:
-    """Have ``observer(rows, states)`` called for every run of the cell, as long as its owner lives.
+    """Have ``observer(projections, values, states)`` called for every run of the cell, as long as its owner lives.
 
     Args:
-        cell: the cell; it has one observer, the last one given.
-        observer: a bound method; takes the input rows ``(n * B, ...)`` and the state entries before the first and after
-            each step.
+        cell: the cell.
+        observer: a bound method; takes what :meth:`DiagonalCell.projected` gave for the input rows, and the state
+            entries before the first and after each step.
     """
-    _observers[cell] = WeakMethod(observer)
+    _observers[cell] = [*(known for known in _observers.get(cell, ()) if known() is not None), WeakMethod(observer)]

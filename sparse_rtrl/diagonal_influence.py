@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_rtrl import ops
 from sparse_rtrl.diagonal_cell import DiagonalCell, Mapped, Projection
-from sparse_rtrl.diagonal_structure import TOLERANCE, Layout, derivatives
+from sparse_rtrl.diagonal_structure import TOLERANCE, Layout, derivatives, differs
 from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.influence import check_finite
 from sparse_rtrl.precision import full_precision
@@ -32,17 +32,22 @@ class RecordedSteps:
         number: number of the first step.
         steps: how many steps ``n``.
         before: state entries before each, ``(n * B, *state_shape)``.
+        after: those after each; None in what older versions saved.
         values: per projection its value at that time, ``(n * B, *shape)``, or of the shape of a learned one.
-        inputs: per projection what its weight multiplied, ``(n * B, J)``; None without a map, or where nothing is kept.
+        inputs: per projection what its weight multiplied, ``(n * B, J)``; None without a map.
         biased: per projection whether it has a bias.
+        trained: per projection whether each of its tensors was trainable at that time: a frozen one has no influence
+            on these steps.
     """
 
     number: int
     steps: int
     before: Tensor
+    after: Tensor | None
     values: list[Tensor]
     inputs: list[Tensor | None]
     biased: list[bool]
+    trained: list[list[bool]]
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,52 @@ class CapturedSteps:
     zs: list[Tensor | None]
 
 
+def recorded_steps(
+    projections: tuple[Projection, ...], values: list[Tensor], states: list[Tensor], number: int
+) -> RecordedSteps:
+    """What some steps were run with: copies of all that may change afterwards, the states of a single step excepted.
+
+    Args:
+        projections: of the ``n * B`` rows of the steps.
+        values: their values.
+        states: entries before the first and after each step, ``(B, *state_shape)``.
+        number: number of the first step, for messages.
+    """
+    steps, batch = len(states) - 1, len(states[0])
+    real = _real(states[0])
+    copies: dict[int, Tensor] = {}
+    inputs: list[Tensor | None] = []
+    for projection in projections:
+        if not isinstance(projection, Mapped):
+            inputs.append(None)
+            continue
+        x = projection.x
+        if id(x) not in copies:  # often a view of what the caller passed, who may use that memory again
+            copies[id(x)] = x.detach().to(real, copy=True)
+        inputs.append(copies[id(x)])
+    if steps == 1:
+        before, after = states[0].detach(), states[1].detach()
+    else:
+        rows = torch.cat(states).detach()
+        before, after = rows[:-batch], rows[batch:]
+    return RecordedSteps(
+        number,
+        steps,
+        before,
+        after,
+        [value.detach().clone() for value in values],  # parameters, inputs or parts of an output, perhaps
+        inputs,
+        [isinstance(projection, Mapped) and projection.bias is not None for projection in projections],
+        [[tensor.requires_grad for tensor in projection.tensors] for projection in projections],
+    )
+
+
 class DiagonalInfluence:
     """Storage and movement of the influence of a diagonal cell's projections on its state.
+
+    Where the initial state is trained, the influence of each stream's own initial entries on its current ones is kept
+    too: one number per entry, the product of the decays since the stream's start. What is left, from initial entries to
+    parameters, is the graph of ``initial_entries``.
 
     Steps are recorded as they are run, with copies of what may change afterwards. Their derivatives are taken together,
     in one pass, when a loss or a commit needs them.
@@ -82,9 +131,9 @@ class DiagonalInfluence:
         batch_size: int,
         backend: ops.Backend = "auto",
     ) -> None:
-        like = cell.initial_entries(1)
-        real = like.dtype.to_real() if like.is_complex() else like.dtype
-        self._operations = ops.select(backend, like.device, real)
+        self._like = like = cell.zero_entries(0)
+        self._backend: ops.Backend = backend
+        self._operations = ops.select(backend, like.device, _real(like))
         self.cell = cell
         self.batch_size = batch_size
         self.layouts = layouts
@@ -93,6 +142,8 @@ class DiagonalInfluence:
             for layout, count in zip(layouts, columns, strict=True)
         ]
         """Per projection ``P (B, R, J)``, the rows as :meth:`Layout.reduce` orders them."""
+        self.initial: Tensor | None = None
+        """Influence of a stream's initial entries, ``(B, *state_shape)``; None where they are not trained."""
         self.commit_every = 1
         """Steps that the window may collect."""
         self.commit_at_loss = False
@@ -108,9 +159,25 @@ class DiagonalInfluence:
     def add(self, number: int, layout: Layout, columns: int) -> None:
         """Keep the influence of one more projection from now on, starting at zero."""
         self.commit()
-        like = next(matrix for matrix in self.matrices if matrix is not None)
         self.layouts[number] = layout
-        self.matrices[number] = like.new_zeros(len(like), layout.rows[0] * layout.rows[1], columns)
+        self.matrices[number] = self._like.new_zeros(self.batch_size, layout.rows[0] * layout.rows[1], columns)
+
+    def add_initial(self) -> None:
+        """Keep the influence of initial entries from now on, for the streams that :meth:`begin` from them."""
+        self.commit()
+        self.initial = self._like.new_zeros(self.batch_size, *self._like.shape[1:])
+
+    def begin(self, streams: Tensor) -> None:
+        """Streams ``(B,)`` bool take their first step, from the initial entries; they have no past in the window."""
+        if self.initial is not None:
+            self.initial[streams] = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_operations"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._operations = ops.select(self._backend, self._like.device, _real(self._like))
 
     @property
     def kept(self) -> list[bool]:
@@ -120,7 +187,11 @@ class DiagonalInfluence:
     @property
     def kept_bytes(self) -> int:
         """Bytes of all influence matrices."""
-        return sum(matrix.numel() * matrix.element_size() for matrix in self.matrices if matrix is not None)
+        return sum(matrix.numel() * matrix.element_size() for matrix in self._stored)
+
+    @property
+    def _stored(self) -> list[Tensor]:
+        return [matrix for matrix in (*self.matrices, self.initial) if matrix is not None]
 
     @property
     def is_full(self) -> bool:
@@ -129,40 +200,16 @@ class DiagonalInfluence:
 
     def suggested_window(self) -> int:
         """Steps to collect in a window: up to :data:`MAX_WINDOW`, in little memory beside the influence."""
-        like = self.cell.initial_entries(1)
+        entries = self._like.shape[1:].numel() * self._like.element_size()
         # The state, its derivative, and the values and theirs, once more while they are taken and joined.
-        per_step = 4 * (1 + sum(self.kept)) * self.batch_size * like.numel() * like.element_size()
+        per_step = 4 * (1 + sum(self.kept)) * self.batch_size * entries
         return min(MAX_WINDOW, max(1, max(_SMALL_WINDOW, self.kept_bytes // 8) // per_step))
 
-    def record(
-        self, projections: tuple[Projection, ...], values: list[Tensor], states: list[Tensor], number: int
-    ) -> None:
-        """Add the steps between some states to the window, as a segment.
+    def record(self, parts: list[RecordedSteps]) -> None:
+        """Add consecutive steps to the window, as one segment."""
+        self._recorded += parts
+        self.window.append(sum(part.steps for part in parts))
 
-        Args:
-            projections: of the ``n * B`` rows of the steps.
-            values: their values.
-            states: entries before the first and after each step, ``(B, *state_shape)``.
-            number: number of the first step, for messages.
-        """
-        steps = len(states) - 1
-        copies: dict[int, Tensor] = {}
-        inputs: list[Tensor | None] = []
-        for projection, matrix in zip(projections, self.matrices, strict=True):
-            if matrix is None or not isinstance(projection, Mapped):
-                inputs.append(None)
-                continue
-            x = projection.x
-            if id(x) not in copies:  # often a view of what the caller passed, who may use that memory again
-                copies[id(x)] = x.detach().to(_real(matrix), copy=True)
-            inputs.append(copies[id(x)])
-        kept = [value.detach().clone() for value in values]  # parameters, inputs or parts of an output, perhaps
-        before = states[0].detach() if steps == 1 else torch.cat(states[:-1]).detach()
-        biased = [isinstance(projection, Mapped) and projection.bias is not None for projection in projections]
-        self._recorded.append(RecordedSteps(number, steps, before, kept, inputs, biased))
-        self.window.append(steps)
-
-    @full_precision
     def _capture(self, forgotten: Tensor | None = None) -> CapturedSteps:
         """The derivatives of all steps of the window; those that are only recorded are captured together.
 
@@ -170,62 +217,88 @@ class DiagonalInfluence:
             forgotten: streams ``(B,)`` bool whose derivatives nobody needs.
 
         Raises:
-            NonFiniteError: if a derivative holds NaN or infinity; nothing is changed then.
-            ContractError: if a derivative varies where :func:`find_layouts` saw that it does not; the same.
+            NonFiniteError, ContractError: see :meth:`capture`; nothing is changed then.
         """
         if self._recorded:
-            recorded, dims = self._recorded, len(self.cell.state_shape)
-            before = _joined([part.before for part in recorded])
-            values = []
-            for parts in zip(*(part.values for part in recorded), strict=True):
-                if len(parts) > 1 and parts[0].dim() == dims:  # the same for all rows of a part, not of all parts
-                    parts = tuple(v.expand(len(p.before), *v.shape) for v, p in zip(parts, recorded, strict=True))
-                values.append(_joined(parts))
-            decays, by_value = derivatives(self.cell, before, values, self.kept)
-            if forgotten is not None:  # they may hold NaN, for which these streams start anew
-                mask = forgotten.repeat(len(decays) // self.batch_size).view(-1, *[1] * dims)
-                decays = decays.masked_fill(mask, 0)
-                by_value = [None if d is None else d.masked_fill(mask, 0) for d in by_value]
-            self._check_derivatives(decays, by_value)
-            decays = decays.view(-1, self.batch_size, *decays.shape[1:])
-            deltas = [None if d is None else d.view(decays.shape) for d in by_value]
-            new = CapturedSteps(decays, deltas, self._inputs())
+            new = self.capture(self._recorded, forgotten)
             self._captured = new if self._captured is None else _appended(self._captured, new)
             self._recorded = []
         assert self._captured is not None
         return self._captured
 
-    def _inputs(self) -> list[Tensor | None]:
-        """What multiplied each projection's weight and bias in the recorded steps, ``(B, n, J)``.
+    @full_precision
+    def capture(self, recorded: list[RecordedSteps], forgotten: Tensor | None = None) -> CapturedSteps:
+        """The derivatives of recorded steps, taken together. Changes nothing.
+
+        Args:
+            recorded: the steps.
+            forgotten: streams ``(B,)`` bool whose derivatives nobody needs.
+
+        Raises:
+            NonFiniteError: if a derivative holds NaN or infinity.
+            ContractError: if a derivative varies where :func:`find_layouts` saw that it does not, if ``step`` does not
+                give the states that it gave when it ran, or if it reads a parameter itself.
+        """
+        dims = len(self.cell.state_shape)
+        before = _joined([part.before for part in recorded])
+        values = []
+        for parts in zip(*(part.values for part in recorded), strict=True):
+            if len(parts) > 1 and parts[0].dim() == dims:  # the same for all rows of a part, not of all parts
+                parts = tuple(v.expand(len(p.before), *v.shape) for v, p in zip(parts, recorded, strict=True))
+            values.append(_joined(parts))
+        decays, by_value, new = derivatives(self.cell, before, values, self.kept)
+        after = [part.after for part in recorded if part.after is not None]
+        if forgotten is not None:  # they may hold NaN, for which these streams start anew
+            mask = forgotten.repeat(len(decays) // self.batch_size).view(-1, *[1] * dims)
+            decays, new = decays.masked_fill(mask, 0), new.masked_fill(mask, 0)
+            by_value = [None if d is None else d.masked_fill(mask, 0) for d in by_value]
+            after = [a.masked_fill(mask[: len(a)], 0) for a in after]
+        self._check_derivatives(recorded, decays, by_value)
+        if len(after) == len(recorded) and differs(new, _joined(after)):
+            raise ContractError(
+                [
+                    f"steps {recorded[0].number} to {recorded[-1].number + recorded[-1].steps - 1}: step does not give"
+                    " the states that it gave when it ran: it draws random numbers, keeps a state of its own, or looks"
+                    " at other rows than its own"
+                ]
+            )
+        decays = decays.view(-1, self.batch_size, *decays.shape[1:])
+        deltas = [None if d is None else d.view(decays.shape) for d in by_value]
+        return CapturedSteps(decays, deltas, self._inputs(recorded))
+
+    def _inputs(self, recorded: list[RecordedSteps]) -> list[Tensor | None]:
+        """What multiplied each projection's weight and bias in recorded steps, ``(B, n, J)``; zero for frozen ones.
 
         Those of one input are made once.
         """
-        recorded = self._recorded
-        steps = sum(part.steps for part in recorded)
         known: dict[tuple[object, ...], Tensor] = {}
         out: list[Tensor | None] = []
-        by_projection = zip(*(part.inputs for part in recorded), strict=True)
-        for matrix, biased, parts in zip(self.matrices, recorded[0].biased, by_projection, strict=True):
+        for number, matrix in enumerate(self.matrices):
             if matrix is None:
                 out.append(None)
                 continue
-            rows = [part for part in parts if part is not None]
-            key = (biased, *map(id, rows))
+            trained = tuple(tuple(part.trained[number]) for part in recorded)
+            key = (trained, *(id(part.inputs[number]) for part in recorded))
             if key not in known:
-                if rows:
-                    x = _joined(rows)
-                    x = torch.cat((x, x.new_ones(x.shape[0], 1)), dim=1) if biased else x
-                    known[key] = x.view(steps, self.batch_size, -1).transpose(0, 1).contiguous()
-                else:  # a learned value
-                    known[key] = matrix.new_ones(self.batch_size, steps, 1, dtype=_real(matrix))
+                rows = [self._input_rows(part, number) for part in recorded]
+                z = _joined(rows).view(-1, self.batch_size, matrix.shape[2])
+                known[key] = z.transpose(0, 1).contiguous()
             out.append(known[key])
         return out
 
-    def _check_derivatives(self, decays: Tensor, by_value: list[Tensor | None]) -> None:
+    def _input_rows(self, part: RecordedSteps, number: int) -> Tensor:
+        """What multiplied the weight and the bias of one projection, ``(n * B, J)``."""
+        x, trained = part.inputs[number], part.trained[number]
+        if x is None:  # a learned value
+            return self._like.new_full((len(part.before), 1), float(trained[0]), dtype=_real(self._like))
+        x = x if trained[0] else torch.zeros_like(x)
+        return torch.cat((x, x.new_full((len(x), 1), float(trained[1]))), dim=1) if part.biased[number] else x
+
+    def _check_derivatives(self, recorded: list[RecordedSteps], decays: Tensor, by_value: list[Tensor | None]) -> None:
         named = {"the state Jacobian": decays}
         named |= {f"the derivative by value {i} of project": d for i, d in enumerate(by_value) if d is not None}
         if not cmath.isfinite(torch.stack([d.sum() for d in named.values()]).sum().item()):
-            numbers = [part.number + step for part in self._recorded for step in range(part.steps)]
+            numbers = [part.number + step for part in recorded for step in range(part.steps)]
             for number, *rows in zip(numbers, *(d.split(self.batch_size) for d in named.values()), strict=True):
                 try:
                     check_finite(number, dict(zip(named, rows, strict=True)))
@@ -263,9 +336,15 @@ class DiagonalInfluence:
 
     @full_precision
     def _commit(self, u: Tensor | None, forgotten: Tensor | None = None) -> list[Tensor | None]:
-        """Commit; with ``u``, the gradient through the influence as it was before, if possible in the same pass."""
-        gradients: list[Tensor | None] = [None] * len(self.matrices)
+        """Commit; with ``u``, the gradient through the influence as it was before, if possible in the same pass.
+
+        It has one entry per projection, and one for the initial entries, as :meth:`carried` has.
+        """
+        gradients: list[Tensor | None] = [None] * (len(self.matrices) + 1)
         steps = self._capture(forgotten)
+        if self.initial is not None:
+            gradients[-1] = None if u is None else u * self.initial.conj()
+            self.initial.mul_(_products(steps.decays)[0])
         products: dict[Layout, tuple[Tensor, Tensor | None]] = {}
         of_projections = zip(self.layouts, self.matrices, steps.deltas, steps.zs, strict=True)
         for number, (layout, matrix, delta, z) in enumerate(of_projections):
@@ -295,11 +374,12 @@ class DiagonalInfluence:
         self.window_key = object()
 
     def carried(self, u: Tensor) -> list[Tensor | None]:
-        """Gradient ``u · P`` of every projection, ``(M, J)``, for ``u (B, *state_shape)``."""
-        return [
+        """Gradient ``u · P`` of every projection, ``(M, J)``, and of initial entries, for ``u (B, *state_shape)``."""
+        of_projections = [
             None if layout is None or matrix is None else self._carried(layout, matrix, u)
             for layout, matrix in zip(self.layouts, self.matrices, strict=True)
         ]
+        return [*of_projections, None if self.initial is None else u * self.initial.conj()]
 
     def _carried(self, layout: Layout, matrix: Tensor, u: Tensor) -> Tensor:
         """Gradient ``u · P`` of the rows of a projection, ``(M, J)``."""
@@ -315,12 +395,15 @@ class DiagonalInfluence:
 
     @full_precision
     def loss_gradient(self, position: int, u: Tensor, number: int) -> list[Tensor | None]:
-        """Gradient through the past before a segment of the window, per projection ``(M, J)``.
+        """Gradient through the past before a segment of the window.
 
         Args:
             position: place of the segment in the window.
             u: gradient of the loss by the entries of the state that entered it, ``(B, *state_shape)``.
             number: number of its first step, for messages.
+
+        Returns:
+            Per projection ``(M, J)``, and that of the initial entries, ``(B, *state_shape)``; None where none is kept.
 
         Raises:
             NonFiniteError: if ``u`` is not finite.
@@ -330,25 +413,26 @@ class DiagonalInfluence:
         before = sum(self.window[:position])
         direct: list[Tensor | None] = [None] * len(self.layouts)
         if before:
-            direct, u = self._through(before, u)
+            direct, u = self.through(self._capture(), before, u)
         newest = position == len(self.window) - 1
         if newest and (self.commit_at_loss or (self.is_full and position == 0)):
             past = self._commit(u)  # nothing that is still to come needs the influence as it is now
         else:
             past = self.carried(u)
-        return [p if p is None or d is None else p + d for p, d in zip(past, direct, strict=True)]
+        return [p if p is None or d is None else p + d for p, d in zip(past, (*direct, None), strict=True)]
 
-    def _through(self, count: int, u: Tensor) -> tuple[list[Tensor | None], Tensor]:
-        """Take a gradient back through the first steps of the window.
+    @full_precision
+    def through(self, steps: CapturedSteps, count: int, u: Tensor) -> tuple[list[Tensor | None], Tensor]:
+        """Take a gradient back through the first of some steps.
 
         Args:
+            steps: the steps.
             count: how many.
             u: gradient of the loss by the entries after them, ``(B, *state_shape)``.
 
         Returns:
             The gradient of each projection in these steps, ``(M, J)``, and that by the entries before them.
         """
-        steps = self._capture()
         decay, ends = _products(steps.decays[:count])
         after = u if ends is None else u * ends.conj()
         out: list[Tensor | None] = []
@@ -373,18 +457,18 @@ class DiagonalInfluence:
         elif self.window:
             self._commit(None, streams)
         self.window_key = object()
-        for matrix in self.matrices:
-            if matrix is not None:
-                matrix[slice(None) if streams is None else streams] = 0
+        for matrix in self._stored:
+            matrix[slice(None) if streams is None else streams] = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The influence matrices and the window; nothing is captured or committed."""
         return {
             "version": 2,
             "matrices": [None if matrix is None else matrix.clone() for matrix in self.matrices],
+            "initial": None if self.initial is None else self.initial.clone(),
             "window": list(self.window),
-            "captured": None if self._captured is None else vars(self._captured),
-            "recorded": [vars(part) for part in self._recorded],
+            "captured": None if self._captured is None else _copied(vars(self._captured)),
+            "recorded": [_copied(vars(part)) for part in self._recorded],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -397,31 +481,31 @@ class DiagonalInfluence:
             raise ValueError(f"influence of a diagonal cell must be of version 2, got {state.get('version')!r}")
         if missing := {"matrices", "window", "captured", "recorded"} - set(state):
             raise ValueError(f"influence of a diagonal cell lacks {sorted(missing)}")
-        saved, own = (
-            [None if m is None else (m.dtype, tuple(m.shape)) for m in matrices]
-            for matrices in (state["matrices"], self.matrices)
-        )
+        stored = (*state["matrices"], state.get("initial"))  # older versions have no initial entries
+        matrices = (*self.matrices, self.initial)
+        saved, own = ([None if m is None else (m.dtype, tuple(m.shape)) for m in each] for each in (stored, matrices))
         if saved != own:
             raise ValueError(
                 f"state is of another cell, dtype or batch size: its matrices are {saved}, those here {own}"
             )
-        device = self.cell.initial_entries(1).device
-        for matrix, stored in zip(self.matrices, state["matrices"], strict=True):
+        for matrix, values in zip(matrices, stored, strict=True):
             if matrix is not None:
-                matrix.copy_(stored)
+                matrix.copy_(values)
         self._empty_window()
         self.window = list(state["window"])
-        captured, recorded = _on(device, state["captured"]), _on(device, state["recorded"])
+        device = self._like.device
+        captured, recorded = _copied(state["captured"], device), _copied(state["recorded"], device)
         self._captured = None if captured is None else CapturedSteps(**captured)
-        self._recorded = [RecordedSteps(**part) for part in recorded]
+        # What older versions saved had its kept tensors trained, and does not say where the steps ended.
+        older = {"after": None, "trained": [[True, True]] * len(self.matrices)}
+        self._recorded = [RecordedSteps(**{**older, **part}) for part in recorded]
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """Frobenius norms of the stored influence, ``(B,)``, and those of the experts, of which there are none.
 
         Steps of the window are not in it.
         """
-        stored = [matrix for matrix in self.matrices if matrix is not None]
-        per_matrix = torch.stack([torch.linalg.vector_norm(matrix, dim=(1, 2)) for matrix in stored])
+        per_matrix = torch.stack([torch.linalg.vector_norm(matrix.flatten(1), dim=1) for matrix in self._stored])
         norms = torch.linalg.vector_norm(per_matrix, dim=0)
         return norms, norms.new_zeros(len(norms), 0)
 
@@ -429,9 +513,8 @@ class DiagonalInfluence:
         """As :meth:`sparse_rtrl.influence.Influence.cap_`, for the streams whose norm exceeds ``largest``."""
         norms, _ = self.norms()
         over = (norms > largest).nonzero().flatten()
-        for matrix in self.matrices:
-            if matrix is not None:
-                matrix[over] *= (largest / norms[over]).view(-1, 1, 1)
+        for matrix in self._stored:
+            matrix[over] *= (largest / norms[over]).view(-1, *[1] * (matrix.dim() - 1))
         return len(over), float(norms.max())
 
 
@@ -461,14 +544,21 @@ def _appended(first: CapturedSteps, then: CapturedSteps) -> CapturedSteps:
     )
 
 
-def _real(matrix: Tensor) -> torch.dtype:
-    return matrix.dtype.to_real() if matrix.is_complex() else matrix.dtype
+def _real(like: Tensor) -> torch.dtype:
+    return like.dtype.to_real() if like.is_complex() else like.dtype
 
 
-def _on(device: torch.device, saved: Any) -> Any:
-    """What ``state_dict`` returned, with its tensors on a device."""
-    if isinstance(saved, Tensor):
-        return saved.to(device)
-    if isinstance(saved, dict):
-        return {name: _on(device, value) for name, value in saved.items()}
-    return [_on(device, value) for value in saved] if isinstance(saved, list) else saved
+def _copied(saved: Any, device: torch.device | None = None) -> Any:
+    """A copy of nested dicts and lists of tensors, on a device; those that are one stay one."""
+    known: dict[int, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in known:
+                known[id(value)] = value.to(device or value.device, copy=True)
+            return known[id(value)]
+        if isinstance(value, dict):
+            return {name: copied(each) for name, each in value.items()}
+        return [copied(each) for each in value] if isinstance(value, list) else value
+
+    return copied(saved)

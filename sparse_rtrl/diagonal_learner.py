@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from sparse_rtrl import ops
 from sparse_rtrl.diagonal_cell import DiagonalCell, State
 from sparse_rtrl.diagonal_engine import DiagonalEngine
 from sparse_rtrl.learner import RTRL, check_learning_input
+from sparse_rtrl.verify import Verifier, Verify
 
 
 class DiagonalRTRL(RTRL):
@@ -27,6 +29,7 @@ class DiagonalRTRL(RTRL):
             pass that takes the gradient through the past; without losses up to 16 steps are collected, fewer where
             they would take memory. A number is the length of the window, in which losses may come in any order.
         backend: what computes: see :func:`sparse_rtrl.ops.select`.
+        verify: which segments are compared with an ordinary backward pass, see :class:`~sparse_rtrl.verify.Verifier`.
 
     Raises:
         ContractError: if the cell breaks its contract.
@@ -45,18 +48,37 @@ class DiagonalRTRL(RTRL):
         catch_up: str = "auto",
         backend: ops.Backend = "auto",
         cuda_graph: bool = False,
+        verify: Verify = "sample",
+        capture: str = "auto",
     ) -> None:
-        if cuda_graph:
-            raise ValueError(f"cuda_graph=True is for slot cells, got a {type(cell).__name__}")
+        for option, value, given in (("cuda_graph", cuda_graph, cuda_graph), ("capture", capture, capture != "auto")):
+            if given:
+                raise ValueError(f"{option}={value!r} is for slot cells, got a {type(cell).__name__}")
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
-        self._options = {"commit_every": commit_every, "backend": backend}
+        self._verifier = Verifier(verify)
         self._engine = DiagonalEngine(cell, batch_size, backend)
         self.commit_every = commit_every
         self._window = self._engine.influence.suggested_window()
         self._routings = []
         self._fixed = None
-        self._state: State = _detached(cell.initial_state(batch_size))  # type: ignore[assignment]
+        self._fresh: Tensor | None = self._engine.checked_mask(None)
+        """Streams that take their first step next, ``(B,)`` bool; None if there are none."""
+        self._state: State = _map(Tensor.detach, cell.initial_state(batch_size))  # type: ignore[assignment]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> DiagonalRTRL:
+        """An object to fill, also from a pickle."""
+        return object.__new__(cls)
+
+    def __copy__(self) -> DiagonalRTRL:
+        """A learner of the same cell that stands where this one does and goes its own way from here."""
+        return copy.deepcopy(self, {id(module): module for module in self.cell.modules()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiagonalRTRL:
+        """A learner of a copy of the cell that stands where this one does; nothing is attached to it."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     @property
     def cell(self) -> DiagonalCell:  # type: ignore[override]
@@ -65,8 +87,12 @@ class DiagonalRTRL(RTRL):
 
     @property
     def state(self) -> State:  # type: ignore[override]
-        """A copy of the last state, ``(B, *state_shape)``; with the previous input where the cell looks."""
-        return _map(Tensor.clone, self._state)
+        """A copy of the state that the next step starts from, ``(B, *state_shape)``, detached.
+
+        With the previous input where the cell looks. That of a stream which has taken no step is the initial state, by
+        the parameters as they are.
+        """
+        return _map(Tensor.clone, self._engine.entering(self._state, self._fresh))
 
     @property
     def entry_state(self) -> Tensor:
@@ -103,11 +129,17 @@ class DiagonalRTRL(RTRL):
             raise ValueError(f"x must have shape (B, {self.cell.input_size}), got {tuple(xs.shape[1:])}")
         engine.influence.commit_at_loss = self.commit_every == "auto"
         engine.influence.commit_every = self._window if self.commit_every == "auto" else self.commit_every
-        outputs, self._state = engine.run(xs, self._state)
+        outputs, self._state = engine.run(xs, self._state, self._fresh, self._verifier)
+        self._fresh = None
         return outputs
 
     def flush(self) -> None:
-        """Nothing is owed: ``.grad`` is complete when ``backward`` returns."""
+        """Nothing is owed: ``.grad`` is complete when ``backward`` returns.
+
+        Raises:
+            DisagreementError: on a CUDA device, if a segment disagreed with an ordinary backward pass, see ``verify``.
+        """
+        self._verifier.settle()
 
     def discard(self) -> None:
         """Nothing is owed, see :meth:`flush`."""
@@ -123,11 +155,9 @@ class DiagonalRTRL(RTRL):
         """
         engine = self._engine
         mask = engine.checked_mask(streams)
+        self._verifier.settle()
         engine.influence.reset(None if streams is None else mask)
-        initial = _detached(engine.cell.initial_state(engine.batch_size))
-        self._state = _map(
-            lambda new, old: torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old), initial, self._state
-        )
+        self._fresh = mask.clone() if self._fresh is None else mask | self._fresh
 
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every parameter that reaches the state, ``(B, *state_shape, *shape)``.
@@ -146,8 +176,10 @@ class DiagonalRTRL(RTRL):
             "version": 1,
             "diagonal": self._engine.influence.state_dict(),
             "state": _map(Tensor.clone, self._state),
+            "fresh": None if self._fresh is None else self._fresh.clone(),
             "steps": self._engine.steps,
             "commit_every": self.commit_every,
+            "verifier": self._verifier.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,13 +194,19 @@ class DiagonalRTRL(RTRL):
         if missing:
             raise ValueError(f"state lacks {sorted(missing)}")
         saved, own = (
-            [tuple(tensor.shape) for tensor in ((each,) if isinstance(each, Tensor) else each)]
+            [(tensor.dtype, tuple(tensor.shape)) for tensor in ((each,) if isinstance(each, Tensor) else each)]
             for each in (state["state"], self._state)
         )
         if saved != own:
-            raise ValueError(f"state is of another cell or batch size: its shapes are {saved}, those here {own}")
+            raise ValueError(
+                f"state is of another cell, dtype or batch size: its tensors are {saved}, those here {own}"
+            )
         self._engine.influence.load_state_dict(state["diagonal"])
         self._state = _map(lambda saved, own: saved.to(own).clone(), state["state"], self._state)
+        fresh = state.get("fresh")  # older versions saved neither this nor what verifies
+        self._fresh = None if fresh is None else fresh.to(self._engine.device, copy=True)
+        if "verifier" in state:
+            self._verifier.load_state_dict(state["verifier"])
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
 
@@ -201,7 +239,3 @@ def _map(function: Any, *states: Any) -> Any:
     if isinstance(states[0], Tensor):
         return function(*states)
     return tuple(function(*tensors) for tensors in zip(*states, strict=True))
-
-
-def _detached(state: State) -> State:
-    return _map(Tensor.detach, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -141,11 +142,23 @@ class PerLayerApproximation:
         for engine in self._engines:
             engine.influence.commit_every = commit_every
         self._state: Any = pytree.tree_map(Tensor.detach, stack.initial_state(batch_size))
+        self._fresh: Tensor | None = self._engines[0].checked_mask(None)
+
+    def __copy__(self) -> PerLayerApproximation:
+        """A learner of the same stack that stands where this one does and goes its own way."""
+        return copy.deepcopy(self, {id(module): module for module in self.stack.modules()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerLayerApproximation:
+        """A learner of a copy of the stack that stands where this one does; nothing is attached to it."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     @property
     def state(self) -> tuple[State, ...]:
-        """State after the last step, one per layer, detached."""
-        return self._state
+        """A copy of the state that the next step starts from, one per layer, detached."""
+        states = zip(self._engines, self._state, strict=True)
+        return pytree.tree_map(Tensor.clone, tuple(engine.entering(state, self._fresh) for engine, state in states))
 
     @property
     def kept_bytes(self) -> int:
@@ -164,8 +177,9 @@ class PerLayerApproximation:
         """
         check_learning_input(xs, self._engines[0])
         outputs, self._state = self.stack.unroll(
-            xs, self._state, lambda layer, inner, state: self._engines[layer].run(inner, state)
+            xs, self._state, lambda layer, inner, state: self._engines[layer].run(inner, state, self._fresh)
         )
+        self._fresh = None
         return outputs
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -184,10 +198,7 @@ class PerLayerApproximation:
         mask = self._engines[0].checked_mask(streams)
         for engine in self._engines:
             engine.influence.reset(None if streams is None else mask)
-        initial = self.stack.initial_state(self._engines[0].batch_size)
-        self._state = pytree.tree_map(
-            lambda new, old: torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new.detach(), old), initial, self._state
-        )
+        self._fresh = mask.clone() if self._fresh is None else mask | self._fresh
 
     def state_dict(self) -> dict[str, Any]:
         """State, influence and window; with it and the stack's own, training resumes bit for bit."""
@@ -195,6 +206,7 @@ class PerLayerApproximation:
             "version": 1,
             "layers": [engine.influence.state_dict() for engine in self._engines],
             "state": pytree.tree_map(Tensor.clone, self._state),
+            "fresh": None if self._fresh is None else self._fresh.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,10 +215,20 @@ class PerLayerApproximation:
         Raises:
             ValueError: if it does not fit.
         """
-        if state.get("version") != 1 or len(state["layers"]) != len(self._engines):
+        if state.get("version") != 1:
+            raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
+        if missing := {"layers", "state"} - set(state):
+            raise ValueError(f"state lacks {sorted(missing)}")
+        saved, own = (
+            [(tensor.dtype, tuple(tensor.shape)) for tensor in pytree.tree_leaves(each)]
+            for each in (state["state"], self._state)
+        )
+        if saved != own:
             raise ValueError(
-                f"state must be of version 1 and {len(self._engines)} layers, got {state.get('version')!r}"
+                f"state is of another stack, dtype or batch size: its tensors are {saved}, those here {own}"
             )
         for engine, layer in zip(self._engines, state["layers"], strict=True):
             engine.influence.load_state_dict(layer)
+        fresh = state.get("fresh")
+        self._fresh = None if fresh is None else fresh.to(self._engines[0].device, copy=True)
         self._state = pytree.tree_map(lambda saved, own: saved.to(own).clone(), state["state"], self._state)

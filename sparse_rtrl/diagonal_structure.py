@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_rtrl.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
 from sparse_rtrl.errors import ContractError
+from sparse_rtrl.verify import tolerance_of
 
 TOLERANCE = 256
 """Rounding units by which derivatives may differ along an axis and still count as the same."""
@@ -136,7 +137,7 @@ class Layout:
 
 def derivatives(
     cell: DiagonalCell, before: Tensor, values: list[Tensor], wanted: list[bool]
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None], Tensor]:
     """Diagonals of the Jacobians of one step: of every new state entry by the old one and by the values at its place.
 
     One backward pass with ones gives all of them, because entries do not mix (two passes where a real value enters a
@@ -149,7 +150,11 @@ def derivatives(
         wanted: for which of them the derivative is asked.
 
     Returns:
-        ``dh/dh_before`` and, per projection, ``dh/dy``, each ``(N, *state_shape)``; None where it is not wanted.
+        ``dh/dh_before`` and, per projection, ``dh/dy``, each ``(N, *state_shape)``, None where it is not wanted; and
+        the new state.
+
+    Raises:
+        ContractError: if ``step`` reads a trainable tensor that did not come through ``project``.
     """
     with torch.enable_grad():
         h = before.detach().requires_grad_()
@@ -157,10 +162,44 @@ def derivatives(
             value.detach().expand(before.shape).requires_grad_() if want else value
             for value, want in zip(values, wanted, strict=True)
         ]
-        leaves = [value for value, want in zip(values, wanted, strict=True) if want]
-        found = diagonals(cell.step(h, *values), [h, *leaves])
+        leaves = [h, *(value for value, want in zip(values, wanted, strict=True) if want)]
+        new = cell.step(h, *values)
+        read = direct_reads(cell, new, leaves)
+        if read:
+            raise ContractError(read)
+        found = diagonals(new, leaves)
     by_leaf = iter(found[1:])
-    return found[0], [next(by_leaf) if want else None for want in wanted]
+    return found[0], [next(by_leaf) if want else None for want in wanted], new.detach()
+
+
+def direct_reads(cell: DiagonalCell, new: Tensor, leaves: list[Tensor]) -> list[str]:
+    """What a step reads itself and must not: the trainable tensors in the graph of ``new`` beside ``leaves``."""
+    given = {id(leaf) for leaf in leaves}
+    read = [variable for variable in _leaves_of(new) if id(variable) not in given]
+    names = {id(p): name for name, p in cell.named_parameters()} if read else {}
+    return [
+        f"step uses the parameter {names[id(variable)]} itself: pass it through project, as Learned or Mapped"
+        if id(variable) in names
+        else f"step uses a trainable tensor of shape {tuple(variable.shape)} that is no parameter of the cell: make it"
+        " one and pass it through project, as Learned or Mapped"
+        for variable in read
+    ]
+
+
+def _leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The trainable leaves in a tensor's graph; this runs at every capture, so it looks at nothing else."""
+    found, stack = [], [tensor.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        following = () if node is None else node.next_functions
+        if not following and (variable := getattr(node, "variable", None)) is not None:
+            found.append(variable)
+        for source, _ in following:
+            if source is not None and source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return found
 
 
 def diagonals(new: Tensor, leaves: list[Tensor], phases: Tensor | None = None) -> list[Tensor]:
@@ -220,8 +259,8 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
     x = random(like.shape, like.dtype)
     projections = tuple(cell.project(x))
     _check_projections(cell, projections, rows)
-    initial = cell.initial_entries(rows)
-    before = random(initial.shape, initial.dtype).requires_grad_()
+    zeros = cell.zero_entries(rows)
+    before = random(zeros.shape, zeros.dtype).requires_grad_()
     values = []
     for projection in projections:
         value = projection.value.detach()
@@ -238,6 +277,72 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
         _layout(projection, decay, d) if projection.tensors else None
         for projection, d in zip(projections, by_value, strict=True)
     ]
+
+
+@torch.no_grad()
+def check_rows(cell: DiagonalCell, batch_size: int) -> None:
+    """Check that a row does not depend on the others, nor on chance, and weights not on the input.
+
+    Some rows are run together and one by one. What couples them only later, or in larger batches, is not seen here.
+
+    Raises:
+        ContractError: naming ``project``, ``step`` or ``output``.
+    """
+    cell = _in_double(cell)
+    generator = torch.Generator().manual_seed(1)
+    rows = max(3, min(batch_size, 16))
+    like = cell.zero_rows(rows)
+    x = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    initial = cell.initial_entries(batch_size)[:1].to(cell.zero_entries(0).dtype)
+
+    def run(x: Tensor) -> dict[str, list[Tensor]]:
+        projections, values = cell.projected(x)
+        fixed = [t for projection in projections for t in projection.tensors]
+        h = initial.expand(len(x), *cell.state_shape)
+        states = [h]
+        for _ in range(2):
+            states.append(cell.step(states[-1], *values))
+        output = cell.output(x, states[1], states[2], *values)
+        by_row = [v for v in values if v.dim() > len(cell.state_shape)]
+        return {"weights": fixed, "project": by_row, "step": states[1:], "output": [output]}
+
+    together = run(x)
+    for name, again in run(x).items():
+        if _differ(together[name], again):
+            raise ContractError(
+                [
+                    f"{'project' if name == 'weights' else name} gives something else when it is called again with the"
+                    " same input: it draws random numbers or keeps a state of its own, so a captured step is not the"
+                    " step that ran"
+                ]
+            )
+    for row in (0, rows - 1):
+        alone = run(x[row : row + 1])
+        for name, found in alone.items():
+            if name == "weights" and _differ(together[name], found):
+                raise ContractError(
+                    ["a weight, bias or Learned value of project depends on the input: what depends on it is Given"]
+                )
+            if name != "weights" and _differ([t[row : row + 1] for t in together[name]], found):
+                raise ContractError(
+                    [
+                        f"rows of the batch influence each other: what {name} gives for row {row} of {rows} is not what"
+                        " it gives for that row alone"
+                    ]
+                )
+
+
+def _differ(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two lists of tensors differ by more than rounding."""
+    return any(a.shape != b.shape or differs(a, b) for a, b in zip(some, others, strict=True) if isinstance(a, Tensor))
+
+
+def differs(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors of one shape differ by more than rounding of their dtype explains."""
+    if torch.equal(found, expected) or not found.numel():
+        return False
+    error, size = (found - expected).abs().amax(), expected.abs().amax()
+    return bool(error > tolerance_of(error.dtype) * size) if error.is_floating_point() else True
 
 
 def _check_projections(cell: DiagonalCell, projections: tuple[Projection, ...], rows: int) -> None:
@@ -272,15 +377,8 @@ def _check_projections(cell: DiagonalCell, projections: tuple[Projection, ...], 
 
 def _check_step(cell: DiagonalCell, new: Tensor, leaves: list[Tensor], noise: Tensor) -> None:
     """Check that entries do not mix: random weights of the entries must give the same diagonals as ones."""
-    violations = []
-    named = [(n, p) for n, p in cell.named_parameters() if p.requires_grad]
+    violations = direct_reads(cell, new, leaves)
     if new.requires_grad:
-        direct = torch.autograd.grad(new.abs().sum(), [p for _, p in named], retain_graph=True, allow_unused=True)
-        violations += [
-            f"step uses the parameter {name} itself: pass it through project, as Learned or Mapped"
-            for (name, _), gradient in zip(named, direct, strict=True)
-            if gradient is not None
-        ]
         phases = noise / noise.abs()
         plain = diagonals(cell.step(*leaves), leaves)
         weighted = diagonals(cell.step(*leaves), leaves, phases)
