@@ -20,7 +20,6 @@ from torch.autograd.graph import GradientEdge
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.jacobian import Factors, Term
 from sparse_rtrl.parameter_uses import (
-    PROBE_SCALE,
     Factor,
     Layout,
     SegmentGraph,
