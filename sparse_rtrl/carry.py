@@ -200,6 +200,7 @@ class Carry:
         self._resumed = False
         if self.method != "truncated":
             self._hidden.watch(end)
+            self._verifier.ignore_hooks()
         self._note_joining(selected)
         tensors = [p.tensor for p in selected]
         self._opened = _Entry(self, self._past.segments, selected, tensors)
