@@ -20,6 +20,8 @@ from sparse_rtrl import (
     PerLayerApproximation,
     RetentionCell,
     RWKVCell,
+    check_cell,
+    estimate,
 )
 from sparse_rtrl.diagonal_cell import Given, Learned, Mapped
 from sparse_rtrl.diagonal_influence import DiagonalInfluence
@@ -964,3 +966,13 @@ def test_carry_saves_what_verifies_it():
     old = carry.state_dict()
     del old["verifier"]
     other.load_state_dict(old)
+
+
+@pytest.mark.parametrize("name", INITIAL)
+def test_check_and_estimate_know_initial_states(name):
+    cell = initial_cell(name)
+    entries = cell.zero_entries(2)
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(entries.shape, generator=generator, dtype=entries.dtype)
+    check_cell(cell, inputs(1, 2, cell.input_size * (2 if cell.previous_input else 1))[0], h)
+    assert estimate(cell, 3).influence_bytes == RTRL(cell, 3)._engine.influence.kept_bytes
