@@ -447,7 +447,7 @@ def test_states_written_to_are_named_or_start_anew():
     with pytest.raises(RuntimeError, match="or a state was written to"):
         carry(new)
     _, new = cell(x[0], state)
-    for changed in (new * 2, new + cell.forget_peephole - cell.forget_peephole.detach(), new.flip(1).flip(1) * 1.5):
+    for changed in (new * 2, new + (cell.forget_peephole - cell.forget_peephole.detach()), new.flip(1).flip(1) * 1.5):
         with pytest.raises(RuntimeError, match="is not what the cell made of"):
             carry(changed)
     with pytest.raises(RuntimeError, match="started anew inside a segment"):
