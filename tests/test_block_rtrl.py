@@ -126,7 +126,8 @@ def test_errors():
     for arguments, error, message in (
         ((h_t, out.sum(), active, read[1:], write), ContractError, "read_idx must hold"),
         ((h_t, out.sum(), active, read, write[:-1]), ContractError, "write_idx must hold"),
-        ((h_t, out.sum(), ["core.weight"], read, write), ContractError, "active_params must name"),
+        ((h_t, out.sum(), ["core.weight"], read, write, info), ContractError, "active_params must name"),
+        ((h_t, out.sum(), list(active), read, write), ValueError, "info must be the dict .* got None"),
         ((h_t[:1], out.sum(), active, read, write), ValueError, "h_t must have shape"),
         ((h_t, out.sum().detach(), active, read, write), ValueError, "loss must depend"),
         ((h_t.detach(), out.sum(), active, read, write), ValueError, "the very tensor"),
