@@ -24,6 +24,7 @@ from sparse_rtrl.jacobian import (
     without_hooks,
 )
 from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.parametrized import make_picklable
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.precision import full_precision
 from sparse_rtrl.slot_cell import Routing, SlotCell
@@ -80,6 +81,7 @@ class Engine:
             refused.append(f"{type(cell).__name__} overrides forward, which a learner does not call; override update")
         if refused:
             raise ContractError(refused)
+        make_picklable(cell)
         self.cell = cell
         self.batch_size = batch_size
         self.buffer: int | Literal["auto"] = buffer

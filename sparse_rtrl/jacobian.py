@@ -133,7 +133,6 @@ class JacobianCapture:
         self.all_dense = dense
         self.dense: set[str] = {p.name for p in groups.all} if dense else set()
         self._checked: set[Any] = set()
-        self._sources = {id(source) for p in groups.all for source in p.sources}
         self._captures = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -369,10 +368,9 @@ class JacobianCapture:
             ) from error
         touched_in_place = {p.name for use in capture.uses if use.y._version != use.version for p in use.parameters}
         self._note_dense(touched_in_place - self.dense)
+        carried = {id(source) for p in self.groups.all for source in p.sources}
         others: list[tuple[str, Tensor]] = [
-            (name, p)
-            for name, p in self.cell.named_parameters()
-            if p.requires_grad and id(p) not in tracked and id(p) not in self._sources
+            (name, p) for name, p in self.cell.named_parameters() if p.requires_grad and id(p) not in carried
         ]
         watched = [(p.name, t) for t, p in zip(tensors, self.groups.all, strict=True) if id(t) in tracked]
         watched = [(name, t) for name, t in watched if name not in self.dense]

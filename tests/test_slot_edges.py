@@ -1,0 +1,302 @@
+"""Slot cells at the edges: what a capture could miss is exact, or refused by name and nothing is changed."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from oracle import bptt, cotangents, gradients_of, inputs, online, worst_error
+from pattern_cell import PatternCell, make_pattern
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from sparse_rtrl import (
+    RTRL,
+    BlockRTRL,
+    ContractError,
+    ExpertBank,
+    Routing,
+    SlotCell,
+    SlotMoECell,
+    get_expert_latent_activated,
+)
+from sparse_rtrl.errors import DisagreementError
+from sparse_rtrl.jacobian import JacobianCapture
+
+EXACT = 1e-12
+
+
+def slots(batch, count=1):
+    return torch.arange(count).repeat(batch, 1)
+
+
+class Cubed(torch.autograd.Function):
+    """A product that no torch function shows."""
+
+    @staticmethod
+    def forward(ctx, z, weight):
+        ctx.save_for_backward(z, weight)
+        return z * weight**3
+
+    @staticmethod
+    def backward(ctx, g):
+        z, weight = ctx.saved_tensors
+        return g * weight**3, (g * z * 3 * weight**2).sum((0, 1))
+
+
+class Edge(SlotCell):
+    """One slot of three numbers, updated in a given way from step ``late`` on, the number being the last input."""
+
+    def __init__(self, way="none", late=3):
+        super().__init__(2, 3)
+        self.way, self.late = way, late
+        self.lin, self.token = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.fresh = nn.Parameter(torch.randn(3))
+        self.normed = parametrizations.weight_norm(nn.Linear(3, 3))
+        self.readout = nn.Linear(3, 2)
+        self.register_buffer("mixing", torch.eye(64))
+
+    def route(self, x, state):
+        return Routing(slots(len(x)), slots(len(x)), slots(len(x), 0))
+
+    def update(self, x, h_read, h_write, routing):
+        new = torch.tanh(self.lin(h_write) + self.token(x[:, :3]).unsqueeze(1)).clone()
+        now = bool(x[0, -1] >= self.late)
+        way = self.way if now else "none"
+        if way == "assigned":
+            new[x[:, 0] > 0] = self.fresh
+        elif way == "function":
+            new = new + 0.1 * Cubed.apply(h_write, self.fresh)
+        elif way == "gate":
+            new = new + 0.1 * self.fresh * h_write
+        elif way == "normed":
+            new = new + 0.1 * h_write @ self.normed.weight
+        elif way == "data":
+            new = new + 0.1 * torch.where(x[:, :1, None] > 0, self.fresh * h_write, h_write)
+        elif way == "mean":
+            new = new + 0.1 * h_write.mean(0, keepdim=True)
+        elif way == "centred":
+            new = new - new.mean(0, keepdim=True)
+        elif way == "scaled":
+            new = new / (1 + new.std(0, keepdim=True))
+        elif way == "softmax":
+            new = new * h_write.softmax(0)
+        elif way == "matrix":
+            new = new + 0.1 * torch.einsum("bc,cij->bij", self.mixing[: len(x), : len(x)].roll(1, 0), h_write)
+        elif way == "rolled":
+            new = new + 0.1 * h_write.roll(1, 0)
+        elif way == "rank":
+            new = new * (1 + h_write.sum((1, 2)).argsort().argsort()[:, None, None] / 10)
+        elif way == "capacity":
+            taken = (x[:, 0] > 0).long()
+            new = new * (1 - 0.5 * (taken.cumsum(0) * taken > 1)[:, None, None])
+        elif way == "count":
+            new = new * (x[:, 0] > 0).sum() / 10
+        elif way == "largest":
+            new = new - 0.1 * h_write.amax(0, keepdim=True)
+        elif way == "noise":
+            new = new + 0.1 * torch.randn_like(new)
+        elif way == "sorted":
+            order = x[:, 0].argsort()
+            new = torch.tanh(self.lin(h_write[order]) + self.token(x[order, :3]).unsqueeze(1))[order.argsort()]
+        elif way == "input_mean":
+            new = new + 0.1 * self.token(x[:, :3]).mean(0, keepdim=True)
+        elif way == "readout":
+            new = new + 0.1 * self.readout.weight[0] * h_write
+        return new, self.readout(new[:, 0])
+
+
+def steps(way, batch, count=8, late=3, options=None):
+    """Error against BPTT of a learner that takes single steps, and what it warned of."""
+    torch.manual_seed(0)
+    cell = Edge(way, late).double()
+    x, c = inputs(count, batch), cotangents(count, batch, density=1.0)
+    learner = RTRL(cell, batch, **(options or {}))
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        found = online(learner, x, c)
+    return worst_error(found, bptt(cell, x, c)), [str(note.message) for note in notes]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("way", ["assigned", "function", "gate", "normed", "data"])
+def test_a_parameter_used_out_of_sight_is_carried(way, late, batch):
+    """Item assignment, an autograd.Function, a use that begins later, a parametrized weight outside of its module."""
+    for commit_every in (1, 4):
+        error, notes = steps(way, batch, late=late, options={"commit_every": commit_every, "verify": "never"})
+        assert error <= EXACT
+        assert len(notes) == 1 and notes[0].startswith("normed.weight" if way == "normed" else "fresh")
+
+
+@pytest.mark.parametrize("batch", [2, 3, 6])
+@pytest.mark.parametrize("way", ["sorted", "input_mean"])
+def test_rows_in_another_order_are_exact(way, batch):
+    """Rows sorted and put back, and a mean over the inputs of all rows, from the start or later."""
+    for late in (0, 3):
+        assert steps(way, batch, late=late, options={"verify": "never"})[0] <= EXACT
+
+
+COUPLED = "mean centred scaled softmax matrix rolled rank capacity count largest".split()
+
+
+@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize("way", COUPLED)
+def test_rows_that_influence_each_other_are_refused(way, late):
+    torch.manual_seed(0)
+    cell, x = Edge(way, late).double(), inputs(6, 3)
+    x[..., 0] = torch.tensor([1.0, 2.0, 0.5])
+    for capture in ("auto", "dense"):
+        if capture == "dense" and way in ("rank", "capacity", "count"):
+            continue  # what ran is what is captured: exact
+        learner = RTRL(cell, 3, capture=capture, verify="never")
+        for t in range(late):
+            learner(x[t]).sum().backward()
+        before = copy.deepcopy(learner.state_dict())
+        with pytest.raises(ContractError, match="rows of the batch influence each other|disagrees|number of rows"):
+            for t in range(late, 6):
+                learner(x[t])
+        if late:
+            assert_same(before, learner.state_dict())
+
+
+def assert_same(one, other, where="state"):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            if key not in ("capture", "verifier"):
+                assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("way", ["rank", "capacity", "count"])
+def test_dense_capture_takes_whole_streams(way):
+    """What depends on the batch without a derivative is exact where nothing is repeated."""
+    assert steps(way, 3, options={"capture": "dense"})[0] <= EXACT
+
+
+@pytest.mark.parametrize("late", [0, 3])
+def test_random_numbers_are_refused_with_the_reason(late):
+    with pytest.raises(ContractError, match="draws random numbers"):
+        steps("noise", 3, late=late)
+
+
+def test_a_state_of_its_own_is_refused():
+    class Counting(Edge):
+        count = 0
+
+        def update(self, x, h_read, h_write, routing):
+            self.count += 1
+            new, output = super().update(x, h_read, h_write, routing)
+            return new * self.count, output
+
+    with pytest.raises(ContractError, match="keeps a state of its own"):
+        RTRL(Counting().double(), 2)(inputs(1, 2)[0])
+
+
+def test_trainable_tensors_that_are_not_carried_are_refused_by_name():
+    with pytest.raises(ContractError, match=r"readout\.weight reaches the state"):
+        steps("readout", 2)
+    outside = nn.Linear(3, 3).double()
+
+    class Reaching(Edge):
+        def update(self, x, h_read, h_write, routing):
+            new, output = super().update(x, h_read, h_write, routing)
+            return new + outside(h_write), output
+
+    with pytest.raises(ContractError, match=r"of shape \(3, 3\), from outside"):
+        RTRL(Reaching().double(), 2)(inputs(1, 2)[0])
+    cell, x = Edge().double(), inputs(3, 2)
+    learner = RTRL(cell, 2)
+    learner(x[0])
+    cell.lin = nn.Linear(3, 3).double()
+    with pytest.raises(ContractError, match=r"lin\.weight reaches the state"):
+        learner(x[1])
+    torch.manual_seed(0)
+    cell = SlotMoECell(4, 4, 4, 5, 2, 2, 2, 2).double()
+    learner = RTRL(cell, 2)
+    learner(x[0])
+    cell.control = nn.Linear(4, 8).double()
+    with pytest.raises(ContractError, match=r"control\.\w+ reaches the state"):
+        learner(x[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rounding_is_no_disagreement(dtype):
+    """Every check of every step passes where the only difference is rounding: also with a narrow norm, and autocast."""
+
+    class Narrow(PatternCell):
+        def update(self, x, h_read, h_write, routing):
+            new, output = super().update(x, h_read, h_write, routing)
+            return torch.tanh(nn.functional.layer_norm(1 + 1e-3 * new, new.shape[-1:])), output
+
+    torch.manual_seed(0)
+    cell = Narrow(make_pattern("random", 20, 3), dense=False).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    x = inputs(20, 3, dtype=next(cell.parameters()).dtype)
+    learner = RTRL(cell, 3, verify="always", commit_every=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for t in range(20):
+            learner(x[t]).sum().backward()
+    assert learner._engine.verifier.compared == 20
+
+
+@pytest.mark.parametrize("kind", ["factors", "dense", "fused", "routing"])
+def test_the_caller_may_reuse_its_input(kind):
+    """The window keeps no view of the input, in any path, nor of a routing that is made of the input."""
+    torch.manual_seed(0)
+    if kind == "fused":
+        cell = SlotMoECell(4, 4, 4, 5, 2, 2, 2, 2).double()
+    elif kind == "routing":
+
+        class Told(PatternCell):
+            def route(self, x, state):
+                told = x[:, :4].long()
+                return Routing(told[:, :2], told[:, 2:], told[:, :2])
+
+            def update(self, x, h_read, h_write, routing):
+                return super().update(x.double() / 3, h_read, h_write, routing)
+
+        cell = Told([], dense=False).double()
+    else:
+        cell = PatternCell(make_pattern("random", 9, 2), dense=kind == "dense").double()
+    x, c = inputs(9, 2), cotangents(9, 2, density=1.0)
+    if kind == "routing":
+        x = torch.stack([torch.stack([torch.randperm(4) for _ in range(2)]) for _ in range(9)])
+    expected = bptt(cell, x, c)
+    learner, buffer = RTRL(cell, 2, commit_every=9), torch.empty_like(x[0])
+    cell.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for t in range(9):
+            buffer.copy_(x[t])
+            (learner(buffer) * c[t]).sum().backward()
+            buffer.fill_(1)
+    learner.flush()
+    assert len(learner._engine.influence.window) == 9
+    assert worst_error(gradients_of(cell), expected) <= EXACT
+
+
+def test_the_state_that_is_handed_out_is_a_copy():
+    learner, x = RTRL(Edge().double(), 2), inputs(3, 2)
+    learner(x[0])
+    before = learner.state
+    learner.state.zero_()
+    assert before.any() and torch.equal(learner.state, before)
+
+
+def test_a_route_that_changes_the_state_is_refused():
+    class Erasing(Edge):
+        def route(self, x, state):
+            state[:, 1] = 0
+            return super().route(x, state)
+
+    with pytest.raises(ContractError, match="route must not change the state"):
+        RTRL(Erasing().double(), 2)(inputs(1, 2)[0])
