@@ -197,7 +197,7 @@ class JacobianCapture:
         states: list[Tensor],
         routings: list[Routing],
         tensors: list[Tensor],
-        ran: list[Tensor],
+        ran: list[Tensor] | None,
         flag: Tensor | None = None,
     ) -> list[StepJacobian]:
         """Capture consecutive steps together: a step that was run is only rows of a batch, as its streams are.
@@ -207,7 +207,7 @@ class JacobianCapture:
             states: state that entered each step, ``(B, S, D)``, detached.
             routings: what each step touched.
             tensors: as for :meth:`step`.
-            ran: the new content of the written slots of each step, ``(B, kw, D)``.
+            ran: the new content of the written slots of each step, ``(B, kw, D)``; None if none of them was run.
             flag: as for :meth:`step`.
 
         Returns:
@@ -216,12 +216,14 @@ class JacobianCapture:
         out: list[StepJacobian] = []
         while len(out) < len(states):
             first = len(out)
+            content = None if ran is None else ran[first]
             last = first + self._steps_together(routings[first:], states[first])
             if last == first + 1:
-                out.append(self.step(xs[first], states[first], routings[first], tensors, ran[first], flag))
+                out.append(self.step(xs[first], states[first], routings[first], tensors, content, flag))
             else:
                 joined = Routing(*(torch.cat([getattr(r, part) for r in routings[first:last]]) for part in _PARTS))
-                state, content = torch.cat(states[first:last]), torch.cat(ran[first:last])
+                state = torch.cat(states[first:last])
+                content = None if ran is None else torch.cat(ran[first:last])
                 captured = self.step(xs[first:last].flatten(0, 1), state, joined, tensors, content, flag)
                 out += _split(captured, [self._carried(routing) for routing in routings[first:last]])
         return out

@@ -281,13 +281,10 @@ class SlotMoePass:
         part = replace(
             steps, **{name: getattr(steps, name)[first : first + count] for name in ("inputs", "saved", "index")}
         )
-        before = state.detach()
-        for routing, content in zip(steps.routings[:first], slots, strict=False):
-            before = scatter_slots(before, routing.write, content[:, read:])
-        after = new_state if first + count == steps.count else before
-        if after is before:
-            for routing, content in zip(part.routings, slots[first:], strict=False):
-                after = scatter_slots(after, routing.write, content[:, read:])
+        states = [state.detach()]
+        for routing, content in zip(steps.routings, slots, strict=True):
+            states.append(scatter_slots(states[-1], routing.write, content[:, read:]))
+        before, after = states[first], states[first + count]
         with torch.enable_grad(), without_hooks(self.groups):
             h = entry = before.clone().requires_grad_()
             outputs, looked_at = [], []
@@ -303,7 +300,8 @@ class SlotMoePass:
         tolerance = tolerance_of(h.dtype)
         with torch.no_grad():
             own = self.outputs(part, slots[first : first + count])
-        for what, mine, its in (("state", after, h.detach()), ("output", own, torch.stack(outputs).detach())):
+        pairs = [("state", new_state, states[-1]), ("state", after, h.detach())]
+        for what, mine, its in (*pairs, ("output", own, torch.stack(outputs).detach())):
             if float((mine - its).abs().max()) > tolerance * max(1.0, float(its.abs().max())):
                 raise ContractError(
                     [
