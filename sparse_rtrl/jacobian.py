@@ -384,6 +384,10 @@ class JacobianCapture:
         reached = [name for (name, _), g in zip(watched + others, rest, strict=True) if g is not None]
         if outside := [name for name, _ in others if name in reached]:
             raise ContractError([_not_carried(name) for name in outside])
+        if sparse := [name for (name, _), g in zip(watched, rest, strict=False) if g is not None and g.is_sparse]:
+            raise ContractError(
+                [f"{', '.join(sparse)} has sparse gradients, which cannot be carried; use sparse=False"]
+            )
         self._note_dense(set(reached) | self.dense)
         Jh = state.new_zeros(batch, copies, h[0].numel()) if of_h is None else of_h.view(batch, copies, -1)
         pieces = [
@@ -457,8 +461,6 @@ class JacobianCapture:
         for (parameter, _), grad in zip(chosen, grads[1:], strict=True):
             if grad is None:
                 continue
-            if grad.layout != torch.strided:
-                raise ContractError([f"parameter {parameter.name} has sparse gradients; use sparse=False"])
             if parameter.expert:  # (B, w, E, ...) to the active experts, (B, k, w, 1, n)
                 delta = grad.flatten(3).transpose(1, 2)
                 idle = delta.any(-1).any(2).scatter(1, routing.experts, False)
@@ -650,6 +652,10 @@ def gradients_of_rows(value: Tensor, inputs: list[Tensor], batch: int) -> list[T
     except RuntimeError:  # an operation without a batching rule: row by row
         by_row = [torch.autograd.grad(value, inputs, c, **options) for c in cotangents]
         columns = [[g for g in column if g is not None] for column in zip(*by_row, strict=True)]
+        if any(g.is_sparse for column in columns for g in column):
+            raise ContractError(
+                ["a parameter has sparse gradients, which cannot be carried; use sparse=False"]
+            ) from None
         found = [torch.stack(column) if column else None for column in columns]
     return [None if g is None else g.reshape(batch, rows // batch, *g.shape[1:]) for g in found]
 

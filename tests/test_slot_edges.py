@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from sparse_rtrl import (
     RTRL,
     ContractError,
+    ExpertBank,
     Routing,
     SlotCell,
     SlotMoECell,
@@ -294,3 +295,142 @@ def test_a_route_that_changes_the_state_is_refused():
 
     with pytest.raises(ContractError, match="route must not change the state"):
         RTRL(Erasing().double(), 2)(inputs(1, 2)[0])
+
+
+class Listed(SlotCell):
+    """Experts in a ``ModuleList``, run on all rows and chosen afterwards, or on the rows that chose them."""
+
+    def __init__(self, masked):
+        super().__init__(3, 3, 4)
+        self.masked = masked
+        self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+        self.token, self.readout = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def route(self, x, state):
+        number = x[:, -1:].long() + torch.arange(len(x)).unsqueeze(1)
+        return Routing(number % 3, (number + 1) % 3, torch.cat((number % 4, (number + 1 + number % 2) % 4), 1))
+
+    def update(self, x, h_read, h_write, routing):
+        z = self.token(x[:, :3]) + h_read[:, 0]
+        if self.masked:
+            y = torch.zeros_like(z)
+            for e, expert in enumerate(self.experts):
+                rows = (routing.experts == e).any(1)
+                y = y.index_add(0, rows.nonzero()[:, 0], expert(z[rows]))
+        else:
+            every = torch.stack([expert(z) for expert in self.experts], 1)
+            y = every.gather(1, routing.experts.unsqueeze(-1).expand(-1, -1, 3)).sum(1)
+        new = torch.tanh(0.5 * h_write + y.unsqueeze(1))
+        return new, self.readout(new[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:.*used in a way")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("catch_up", ["auto", "eager", "replay", "product"])
+def test_experts_in_a_module_list(masked, catch_up):
+    torch.manual_seed(0)
+    cell, x, c = Listed(masked).double(), inputs(12, 3), cotangents(12, 3)
+    expected = bptt(cell, x, c)
+    for segment in (1, 4):
+        learner = RTRL(cell, 3, catch_up=catch_up, buffer=4, commit_every=3)
+        assert worst_error(online(learner, x, c, segment), expected) <= EXACT
+        assert learner.routings[0].experts.shape == (3, 2)
+        learner.load_state_dict(learner.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["ready", "pattern"])
+@pytest.mark.parametrize("catch_up", ["auto", "eager", "replay", "product"])
+def test_all_experts_frozen(kind, catch_up):
+    torch.manual_seed(0)
+    if kind == "ready":
+        cell = SlotMoECell(4, 4, 4, 5, 2, 2, 2, 2).double()
+    else:
+        cell = PatternCell(make_pattern("random", 12, 3), dense=False).double()
+    cell.experts.requires_grad_(False)
+    x, c = inputs(12, 3), cotangents(12, 3)
+    learner = RTRL(cell, 3, catch_up=catch_up, buffer=4, commit_every=3)
+    expected = bptt(cell, x, c)
+    for segment in (1, 4):
+        learner.reset()
+        assert worst_error(online(learner, x, c, segment), expected) <= EXACT
+    learner.load_state_dict(learner.state_dict())
+    cell.experts.requires_grad_(True)
+    learner.reset()
+    expected = bptt(cell, x, c)
+    with pytest.warns(UserWarning, match="trainable from now on"):
+        assert worst_error(online(learner, x, c), expected) <= EXACT
+
+
+def test_a_cell_without_experts_loads_its_own_state():
+    for catch_up in ("auto", "eager", "replay", "product"):
+        learner = RTRL(Edge().double(), 2, catch_up=catch_up, buffer=4)
+        learner(inputs(1, 2)[0])
+        learner.load_state_dict(learner.state_dict())
+
+
+def test_errors_name_what_is_wrong():
+    bank = ExpertBank(5, 3, 2)
+    experts = torch.tensor([[0, 1], [2, 3], [1, 4]])
+    for shape in ((3, 3), (3, 1, 3), (2, 2, 3), (3, 2, 4), (3, 2, 5, 4)):
+        message = rf"z must have shape \(3, 2, \.\.\., 3\), .*got \({', '.join(map(str, shape))}\)"
+        with pytest.raises(ValueError, match=message):
+            bank(torch.zeros(shape), experts)
+    assert bank(torch.zeros(3, 2, 5, 3), experts).shape == (3, 2, 5, 2)
+    learner = RTRL(Edge(), 2)
+    for streams in ([0], 0, torch.tensor([0, 1]), torch.tensor([True])):
+        with pytest.raises(ValueError, match=r"streams must be a bool mask of shape \(2,\), got"):
+            learner.reset(streams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = Edge()
+        lazy.other = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match=r"shape is not known yet: other\.weight, other\.bias"):
+        RTRL(lazy, 2)
+    sparse = Edge()
+    sparse.table = nn.Embedding(4, 3, sparse=True)
+    with pytest.raises(ContractError, match=r"table \(Embedding\) has sparse gradients"):
+        RTRL(sparse, 2)
+
+
+def test_a_functional_sparse_embedding_is_refused():
+    class Looking(Edge):
+        def update(self, x, h_read, h_write, routing):
+            new, output = super().update(x, h_read, h_write, routing)
+            return new + nn.functional.embedding(routing.write, self.table, sparse=True), output
+
+    cell = Looking().double()
+    cell.table = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+    for capture, name in (("auto", "table"), ("dense", "a parameter")):
+        with pytest.raises(ContractError, match=f"{name} has sparse gradients"):
+            RTRL(cell, 2, capture=capture)(inputs(1, 2)[0])
+
+
+@pytest.mark.parametrize("name", ["lin.weight", "readout.weight", "experts"])
+def test_a_parameter_that_was_resized_is_named(name):
+    torch.manual_seed(0)
+    cell = SlotMoECell(4, 4, 4, 5, 2, 2, 2, 2) if name == "experts" else Edge()
+    parameter = cell.experts.bias if name == "experts" else cell.get_parameter(name)
+    learner, x = RTRL(cell, 2), inputs(1, 2)[0].float()
+    learner(x)
+    parameter.data = torch.zeros(7, *parameter.shape[1:])
+    if name == "readout.weight":  # not carried
+        return
+    with pytest.raises(RuntimeError, match=r"was torch\.float32 \(\d.*is torch\.float32 \(7.*build a new learner"):
+        learner(x)
+
+
+def test_modules_of_less_precision_inside_are_no_disagreement():
+    """float32 inside of a float64 cell: its rounding is not a difference."""
+
+    class Mixed(Edge):
+        def update(self, x, h_read, h_write, routing):
+            new, output = super().update(x, h_read, h_write, routing)
+            inner = nn.functional.linear(h_write.float(), self.lin.weight.float())
+            return new + 0.1 * torch.tanh(inner).double(), output
+
+    torch.manual_seed(0)
+    learner, x = RTRL(Mixed().double(), 3, verify="always"), inputs(12, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for t in range(12):
+            learner(x[t]).sum().backward()
