@@ -40,10 +40,23 @@ class Attachment:
             )
         self.optimizer = optimizer
         self._flush, self._owes = flush, owes
-        self._parameters = list(parameters)
-        self._seen: dict[int, Tensor] = {id(p): p.grad.clone() for p in parameters if p.grad is not None}
-        self._handles: list[Any] = [p.register_post_accumulate_grad_hook(self._copy) for p in parameters]
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        self._parameters: list[nn.Parameter] = []
+        self._seen: dict[int, Tensor] = {}
+        self._handles: list[Any] = [optimizer.register_step_pre_hook(self._before_step)]
+        self.watch(parameters)
+
+    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Watch the gradients of these parameters from now on, beside those that are watched already."""
+        if len(parameters) <= len(self._parameters) or not self._handles:
+            return
+        known = {id(p) for p in self._parameters}
+        for parameter in parameters:
+            if id(parameter) in known:
+                continue
+            self._parameters.append(parameter)
+            if parameter.grad is not None:
+                self._seen[id(parameter)] = parameter.grad.clone()
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._copy))
 
     def remove(self) -> None:
         """Pay before no further step."""

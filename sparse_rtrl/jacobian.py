@@ -1,8 +1,8 @@
 """Capture of a step's state Jacobian and factored immediate Jacobians by one ordinary backward pass.
 
-``SlotCell.update`` works row by row of the batch. Its inputs are repeated ``w + 1`` times, once per written state entry
-and once more, and one backward pass with the identity as cotangent gives all rows of the Jacobians at once; the last
-copy's cotangent is zero, and so must be its gradients. Where ``update`` hands a parameter to a known linear map
+``SlotCell.update`` works row by row of the batch. Its inputs are repeated ``w + 2`` times, once per written state entry
+and twice more, and one backward pass with the identity as cotangent gives all rows of the Jacobians at once; the last
+two copies show whether rows influence each other. Where ``update`` hands a parameter to a known linear map
 ``y = W z``, the map is evaluated with detached parameters, and the backward pass is asked for ``delta = dh[write]/dy``;
 together with ``z`` that is the immediate Jacobian, factored. A parameter that the pass reaches all the same was used in
 another way, and takes dense immediate Jacobians.
@@ -133,7 +133,7 @@ class JacobianCapture:
         self.all_dense = dense
         self.dense: set[str] = {p.name for p in groups.all} if dense else set()
         self._checked: set[Any] = set()
-        self._captures = 0
+        self._weights: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What was found out about ``update``: it decides which steps are captured together, and so how they round."""
@@ -337,20 +337,17 @@ class JacobianCapture:
         tracked: dict[int, RecurrentParameter],
         ran: Tensor | None,
         flag: Tensor | None,
+        again: bool = False,
     ) -> tuple[Tensor, Factors, Factors, list[Any], torch.dtype]:
         """One backward pass of repeated rows: ``Jh``, factors, their layout, and the coarsest dtype.
 
-        Each stream is repeated once more than it has written entries. The cotangent of that copy is zero, at a place
-        that differs between neighbouring streams and from step to step, and so must be its gradients: others are those
-        of rows that influence each other, or that a map was given in another order.
+        Each stream is repeated twice more than it has written entries. The cotangent of one copy is zero, and so must
+        be its gradients; that of the other is a random combination of all, and its gradients must be that combination
+        of theirs. Else rows influence each other, or were given to a map in another order.
         """
         batch, slot_size = state.shape[0], state.shape[2]
         width = routing.write.shape[1] * slot_size
-        copies, device = width + 1, state.device
-        streams, columns = torch.arange(batch, device=device), torch.arange(width, device=device)
-        idle = (streams + self._captures * (streams // copies + 1)) % copies  # (B,)
-        self._captures += 1
-        place = columns + (columns >= idle.unsqueeze(1))  # (B, w), copy of each written entry
+        copies = width + 2
         h = _gather_support(state, routing).repeat_interleave(copies, 0).requires_grad_()
         # Copies: an update may change them in place, which autograd refuses for the parts of a split.
         h_read, h_write = (part.clone() for part in h.split((routing.read.shape[1], routing.write.shape[1]), dim=1))
@@ -376,9 +373,16 @@ class JacobianCapture:
         ]
         watched = [(p.name, t) for t, p in zip(tensors, self.groups.all, strict=True) if id(t) in tracked]
         watched = [(name, t) for name, t in watched if name not in self.dense]
-        cotangent = content.new_zeros(batch, copies, width, dtype=content.dtype).scatter_(1, place.unsqueeze(1), 1.0)
+        weights = self._random_weights(batch, width, state)
+        cotangent = torch.cat(
+            (
+                torch.eye(width + 1, width, dtype=content.dtype, device=content.device).expand(batch, -1, -1),
+                weights.to(content.dtype).unsqueeze(1),
+            ),
+            1,
+        )
         inputs = [h, *(use.y for use in capture.uses), *(t for _, t in watched), *(p for _, p in others)]
-        found = gradients(content, inputs, cotangent.view(content.shape))
+        found = gradients(content, inputs, cotangent.reshape(content.shape))
         of_h, of_uses, rest = found[0], found[1 : 1 + len(capture.uses)], found[1 + len(capture.uses) :]
         # A recognised use is evaluated with detached parameters: what is reached all the same is used in another way.
         reached = [name for (name, _), g in zip(watched + others, rest, strict=True) if g is not None]
@@ -398,31 +402,58 @@ class JacobianCapture:
             if piece[0].name not in self.dense
         ]
         capture.uses.clear()  # they refer back to the capture: the expanded graph would live until a garbage collection
-        none = state.new_zeros(batch, self._carried(routing).experts.shape[1], width, 0)
-        core, core_idle = _take(
-            [piece for piece in pieces if not piece[0].expert], place, idle, state.new_zeros(batch, width, 0)
+        joined, terms = zip(
+            *(
+                _side_by_side([piece for piece in pieces if piece[0].expert is kind], 0, state)
+                for kind in (False, True)
+            ),
+            strict=True,
         )
-        expert, expert_idle = _take([piece for piece in pieces if piece[0].expert], place, idle, none)
-        at_idle = Jh[streams, idle]
-        problems = torch.stack([at_idle.any(), core_idle.any(), expert_idle.any()])
-        if ran is not None:
-            problems = torch.cat(
-                (problems, _differs(content, ran, copies, tolerance_of(capture.coarsest)).unsqueeze(0))
-            )
+        tolerance = tolerance_of(capture.coarsest)
+        checked = [Jh, *(rows for rows in joined if rows is not None)]
+        idle, mixed = zip(*(_row_problems(rows, weights, tolerance) for rows in checked), strict=True)
+        nothing = Jh.new_zeros((), dtype=torch.bool)
+        differs = nothing if ran is None else _differs(content, ran, copies, tolerance)
         if flag is not None:
-            flag.logical_and_(~(problems.any() & torch.isfinite(Jh.sum())))  # what is not finite is told apart
-        elif bool(problems.any()):
-            if ran is not None and bool(problems[3]):
-                self._refuse_difference(content.detach(), x, state, routing, ran, tolerance_of(capture.coarsest))
-            if bool(torch.isfinite(Jh).all()):  # others refuse what is not finite
-                if bool(problems[0]):
-                    raise ContractError([_COUPLED.format("the new state of one depends on the old state of another")])
+            # Without what one can look at here a kink could not be told from rows that influence each other.
+            flag.logical_and_(~(torch.stack([*idle, differs]).any() & torch.isfinite(Jh.sum())))
+        elif bool(torch.stack([*idle, *mixed, differs]).any()):
+            if ran is not None and bool(differs):
+                self._refuse_difference(content.detach(), x, state, routing, ran, tolerance)
+            if not all(bool(torch.isfinite(rows).all()) for rows in checked):
+                pass  # others refuse that
+            elif bool(idle[0]):
+                raise ContractError([_COUPLED.format("the new state of one depends on the old state of another")])
+            elif again and bool(mixed[0]):
+                raise ContractError(
+                    [
+                        "the Jacobian of a combination of state entries is not the combination of their Jacobians: rows"
+                        " of the batch influence each other, or a backward pass inside of update is not linear, as with"
+                        " clipping in a hook or an autograd.Function"
+                    ]
+                )
+            elif again:
                 # Rows in another order, or an influence through the input alone: the dense path takes whole streams.
                 self._note_dense(
-                    {p.name for p, delta, _ in pieces if _idle_part(delta, p.expert, idle).any()} | self.dense
+                    {p.name for p, d, _ in pieces if any(_row_problems(d.flatten(-2), weights, tolerance))} | self.dense
                 )
-        taken = Jh.gather(1, place.unsqueeze(2).expand(-1, -1, Jh.shape[2])).to(state.dtype)
-        return taken, core, expert, [(p.name, tuple(d.shape)) for p, d, _ in pieces], capture.coarsest
+            else:  # at a kink rounding alone may do that: once more from a state nearby
+                self._expanded(x, nearby(state), routing, tensors, tracked, None, None, again=True)
+        none = state.new_zeros(batch, self._carried(routing).experts.shape[1], width, 0)
+        core, expert = (
+            Factors(without if rows is None else rows[..., :width, :].contiguous(), kind)
+            for rows, kind, without in zip(joined, terms, (state.new_zeros(batch, width, 0), none), strict=True)
+        )
+        layout = [(p.name, tuple(delta.shape)) for p, delta, _ in pieces]
+        return Jh[:, :width].to(state.dtype).contiguous(), core, expert, layout, capture.coarsest
+
+    def _random_weights(self, batch: int, width: int, like: Tensor) -> Tensor:
+        """Weights ``(B, w)`` of a combination of rows, another one for every stream; the same in every step."""
+        key = (batch, width, like.dtype, like.device)
+        if key not in self._weights:
+            generator = torch.Generator(device="cpu").manual_seed(4)
+            self._weights[key] = torch.randn(batch, width, generator=generator, dtype=torch.float64).to(like)
+        return self._weights[key]
 
     def _dense(
         self,
@@ -699,24 +730,23 @@ def _split(captured: StepJacobian, routings: list[Routing]) -> list[StepJacobian
     return [StepJacobian(*step) for step in every]
 
 
-def _idle_part(delta: Tensor, expert: bool, idle: Tensor) -> Tensor:
-    """The part of a delta, core ``(B, c, ...)`` or expert ``(B, k, c, ...)``, of each stream's idle copy ``(B,)``."""
-    streams = torch.arange(len(idle), device=idle.device)
-    return delta[streams, :, idle] if expert else delta[streams, idle]
+@full_precision
+def _row_problems(rows: Tensor, weights: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Whether the last two of the copies of streams, core ``(B, c, n)`` or expert ``(B, k, c, n)``, do not fit.
 
-
-def _take(pieces: list[Piece], place: Tensor, idle: Tensor, none: Tensor) -> tuple[Factors, Tensor]:
-    """Deltas of one group kind side by side, of the copies at ``place (B, w)``; and those of the idle copies.
-
-    Without pieces they are ``none``, core ``(B, w, 0)`` or expert ``(B, k, w, 0)``.
+    Returns:
+        Whether the gradients of the copies of zero cotangent are not zero, and whether those of the other copies are
+        not the combination of all by ``weights (B, w)``; numbers of type bool.
     """
-    joined, terms = _side_by_side(pieces, 0, none)
-    if joined is None:
-        return Factors(none, ()), none
-    at = place.unsqueeze(2) if joined.dim() == 3 else place[:, None, :, None]
-    return Factors(joined.gather(-2, at.expand(*none.shape[:-1], joined.shape[-1])), terms), _idle_part(
-        joined, joined.dim() == 4, idle
-    )
+    if not rows.numel():
+        return rows.new_zeros((), dtype=torch.bool), rows.new_zeros((), dtype=torch.bool)
+    batch, width = weights.shape
+    rows = rows.reshape(batch, -1, width + 2, rows.shape[-1])
+    own, idle, mixed = rows.split((width, 1, 1), dim=2)
+    expected = torch.matmul(weights.to(rows.dtype).view(batch, 1, 1, width), own)
+    size = expected.abs().flatten(1)
+    size, error = size.amax(1), (mixed - expected).abs().flatten(1).amax(1)
+    return idle.any(), (error > tolerance * torch.maximum(size, 1e-2 * size.amax())).any()
 
 
 def _joined(factors: Factors, pieces: list[Piece]) -> Factors:

@@ -313,6 +313,8 @@ class RTRL:
             RuntimeError: once for each time.
         """
         engine, deferred = self._engine, self._deferred()
+        for attachment in self._attachments:
+            attachment.watch(deferred)  # experts may have been unfrozen
         if engine.influence.tree is None or any(attached.pays(deferred) for attached in self._attachments):
             self._weights = []
             return

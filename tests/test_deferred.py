@@ -224,3 +224,19 @@ def test_optimizers_that_evaluate_the_loss_are_refused():
     with pytest.raises(RuntimeError, match="step was given a closure"):
         optimizer.step(closure=lambda: learner(x[0]).sum())
     assert learner._engine.steps == 0
+
+
+def test_experts_that_are_unfrozen_later_are_watched():
+    cell, x, c = new_cell(), inputs(STEPS, BATCH), cotangents(STEPS, BATCH, density=1.0)
+    cell.experts.requires_grad_(False)
+    learner, optimizer = RTRL(cell, BATCH, commit_every=1, catch_up="replay"), torch.optim.SGD(cell.parameters(), 0.1)
+    learner.attach(optimizer)
+    learner(x[0])
+    cell.experts.requires_grad_(True)
+    with pytest.warns(UserWarning, match="trainable from now on"):
+        learner(x[1])
+    for t in range(2, 13):
+        (learner(x[t]) * c[t]).sum().backward()
+    cell.experts.weight.grad.mul_(0.5)
+    with pytest.raises(RuntimeError, match="flush"):
+        optimizer.step()

@@ -81,6 +81,10 @@ class Edge(SlotCell):
             new = new + 0.1 * torch.einsum("bc,cij->bij", self.mixing[: len(x), : len(x)].roll(1, 0), h_write)
         elif way == "rolled":
             new = new + 0.1 * h_write.roll(1, 0)
+        elif way == "first":
+            new = new + 0.1 * h_write[:1]
+        elif way == "last":
+            new = new + 0.1 * h_write[-1:]
         elif way == "rank":
             new = new * (1 + h_write.sum((1, 2)).argsort().argsort()[:, None, None] / 10)
         elif way == "capacity":
@@ -133,7 +137,7 @@ def test_rows_in_another_order_are_exact(way, batch):
         assert steps(way, batch, late=late, options={"verify": "never"})[0] <= EXACT
 
 
-COUPLED = "mean centred scaled softmax matrix rolled rank capacity count largest".split()
+COUPLED = "mean centred scaled softmax matrix rolled first last rank capacity count largest".split()
 
 
 @pytest.mark.parametrize("late", [0, 3])

@@ -191,23 +191,32 @@ def test_recorded_steps_report_one_call_late():
         learner.state_dict()
 
 
-def test_the_first_capture_compares_the_state_jacobian():
-    """A backward pass that is not linear in its rows, which shows in the state alone."""
+@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize("way", ["not linear", "batch"])
+def test_backward_passes_that_are_no_derivative_of_their_rows(way, late):
+    """One that is not linear in its gradient is seen in every step, one that counts rows at the first capture."""
 
     class Bent(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, h):
+        def forward(ctx, h, now):
+            ctx.now = now
             return h.clone()
 
         @staticmethod
         def backward(ctx, g):
-            return g * (1 + g.abs())
+            factor = g.abs() if way == "not linear" else float(len(g) > BATCH)
+            return g * (1 + ctx.now * factor), None
 
     class Cell(PatternCell):
         def update(self, x, h_read, h_write, routing):
-            return super().update(x, Bent.apply(h_read), Bent.apply(h_write), routing)
+            now = float(x[0, -1] >= late)
+            return super().update(x, Bent.apply(h_read, now), Bent.apply(h_write, now), routing)
 
     torch.manual_seed(0)
-    cell = Cell(make_pattern("random", 3, BATCH), dense=False).double()
-    with pytest.raises(ContractError, match="state Jacobian that was captured disagrees"):
-        RTRL(cell, BATCH, verify="never")(inputs(1, BATCH)[0])
+    cell = Cell(make_pattern("random", 4, BATCH), dense=False).double()
+    learner, x = RTRL(cell, BATCH, verify="always"), inputs(4, BATCH)
+    for t in range(late):
+        learner(x[t])
+    message = "backward pass inside of update is not linear" if way == "not linear" else "disagrees with"
+    with pytest.raises(ContractError, match=message):
+        learner(x[late])
