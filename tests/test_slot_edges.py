@@ -160,6 +160,23 @@ def test_rows_that_influence_each_other_are_refused(way, late):
             assert_same(before, learner.state_dict())
 
 
+def test_a_weak_influence_of_rows_shows_in_coarse_arithmetic():
+    """A hundredth of a mean is below the rounding of bfloat16, but not below a gradient that must be zero."""
+
+    class Slight(Edge):
+        def update(self, x, h_read, h_write, routing):
+            new, output = super().update(x, h_read, h_write, routing)
+            return new + 0.01 * float(x[0, -1] >= 3) * h_write.mean(0, keepdim=True), output
+
+    torch.manual_seed(0)
+    learner, x = RTRL(Slight(), 3, verify="never"), inputs(4, 3).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for t in range(3):
+            learner(x[t])
+        with pytest.raises(ContractError, match="rows of the batch influence each other"):
+            learner(x[3])
+
+
 def assert_same(one, other, where="state"):
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
