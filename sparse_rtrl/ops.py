@@ -6,7 +6,6 @@ device; a compiled implementation registers itself for its dispatch key and is t
 
 from __future__ import annotations
 
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -156,17 +155,15 @@ def _(g, P, u):
 
 def _load_compiled(library: str) -> str:
     """Load compiled operations if they were built; returns why they are not there, or nothing."""
-    folder = Path(__file__).parent
+    path = Path(__file__).parent / f"{library}.so"
     if library == "_cuda" and torch.version.cuda is None:
         return "this torch was built for the CPU"
-    # Only a file for this Python: one that another version left behind may not load.
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{library}{suffix}").exists()]
-    if not found:
+    if not path.exists():
         return "they were not built"
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{found[0].name} could not be loaded: {error}"
+        return f"{path.name} could not be loaded: {error}"
     return ""
 
 
