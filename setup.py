@@ -166,10 +166,14 @@ class BuildExtensions(build_ext):
     def build_extensions(self) -> None:
         """Build all extensions; those that are optional may be missing afterwards."""
         self.parallel = True  # one thread for each extension, and the pool for its sources
+        self.built: list[Extension] = []
         with ThreadPoolExecutor(os.cpu_count()) as self.pool:
             super().build_extensions()
-        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
-        self.distribution.ext_modules = self.extensions
+        self.extensions = self.distribution.ext_modules = [e for e in self.extensions if e in self.built]
+        # What an earlier build left would go into the wheel.
+        current = {Path(self.get_ext_fullpath(extension.name)) for extension in self.built}
+        for path in set(Path(self.build_lib).rglob("*.so")) - current:
+            path.unlink()
 
     def build_extension(self, ext: Extension) -> None:
         """Build one extension. Its objects keep the order of its sources, which setuptools sorts by name."""
@@ -178,6 +182,7 @@ class BuildExtensions(build_ext):
             ext.extra_objects = [*self.pool.map(lambda source: self.compile(ext, source), ext.sources)]
             ext.sources, ext.depends = [], depends
         super().build_extension(ext)
+        self.built.append(ext)
 
     def compile(self, ext: Extension, source: str) -> str:
         """Compile one source; returns its object file."""
