@@ -1,7 +1,9 @@
 """What the packages hold and how they are named; tools/test_packages.py installs and runs them."""
 
+import ctypes
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -87,6 +89,38 @@ def test_names_say_what_a_build_is_for(tmp_path):
     command.finalize_options()
     assert command.get_ext_filename("sparse_rtrl._cpu") == os.path.join("sparse_rtrl", "_cpu.so")
     assert python[2:] in command.get_ext_filename("sparse_rtrl._planner")
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
+def test_a_build_keeps_the_order_of_sources_and_only_what_was_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.cpp").write_text("__attribute__((weak)) int chosen() { return 2; }\n")
+    (tmp_path / "a.cpp").write_text("__attribute__((weak)) int chosen() { return 1; }\n")
+    (tmp_path / "broken.cpp").write_text("int f() { return }\n")
+    set_up = load_set_up()
+    flags = {"extra_compile_args": set_up.FLAGS[:-4], "extra_link_args": set_up.LINK_FLAGS, "language": "c++"}
+    good = set_up.Operations("_good", ["b.cpp", "a.cpp"], **flags)
+    broken = set_up.Operations("_broken", ["broken.cpp"], optional=True, **flags)
+    (tmp_path / "lib").mkdir()
+    for name in ("_broken.so", "_older.so"):
+        (tmp_path / "lib" / name).write_text("left by an earlier build")
+        os.utime(tmp_path / "lib" / name, (0, 0))
+    commands = {"build_ext": set_up.BuildExtensions}
+    distribution = set_up.setup(ext_modules=[good, broken], cmdclass=commands, script_args=["--version"], name="any")
+    command = distribution.get_command_obj("build_ext")
+    command.build_lib, command.build_temp = "lib", "temp"
+    command.ensure_finalized()
+    command.run()
+    assert distribution.ext_modules == [good]
+    assert [path.name for path in (tmp_path / "lib").iterdir()] == ["_good.so"]
+    # The linker keeps the first of two weak symbols.
+    assert ctypes.CDLL(str(tmp_path / "lib" / "_good.so"))._Z6chosenv() == 2
+    before = (tmp_path / "lib" / "_good.so").stat().st_mtime_ns
+    good.sources, good.extra_objects = ["b.cpp", "a.cpp"], []
+    distribution.reinitialize_command(command).build_lib = "lib"
+    command.ensure_finalized()
+    command.run()
+    assert (tmp_path / "lib" / "_good.so").stat().st_mtime_ns == before, "nothing had changed"
 
 
 def test_libraries_hold_no_debug_information():
