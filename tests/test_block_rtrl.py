@@ -240,7 +240,7 @@ def test_a_step_with_other_inputs_is_refused(change):
         given = {"info": before}
         active, write, read = get_expert_latent_activated(cell, before)
     gradients = gradients_of(cell)
-    with pytest.raises(ContractError, match="not what ran|not the state that the model ran with|differs from the h_"):
+    with pytest.raises(ContractError, match=r"not what ran|not the state that the model ran with|differs from the h_"):
         rtrl.step(cell, x_t, h_t, out.sum(), active, read, write, **given)
     assert all(torch.equal(g, gradients[name]) for name, g in gradients_of(cell).items())
     assert all(torch.equal(m, influence[name]) for name, m in rtrl.influence().items())
