@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from sparse_rtrl import Carry
-from sparse_rtrl.environment import describe_environment
+from sparse_rtrl.cli.environment import describe_environment
 
 METHODS = ("exact", "snap1", "rflo", "uoro", "truncated")
 LABELS = {"snap1": "SnAp-1", "rflo": "RFLO", "uoro": "UORO", "truncated": "truncated BPTT"}

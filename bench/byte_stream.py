@@ -15,7 +15,7 @@ from pathlib import Path
 
 from training_runs import save, train
 
-from sparse_rtrl import runlog
+from sparse_rtrl.training import runlog
 
 SETTLED = 10_000
 """Tokens after which the process may not grow any more."""

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rtrl import Carry
-from sparse_rtrl.environment import describe_environment
-from sparse_rtrl.measurement import peak_growth
+from sparse_rtrl.cli.environment import describe_environment
+from sparse_rtrl.cli.measurement import peak_growth
 
 CELLS: dict[str, Callable[..., nn.Module]] = {"elman": nn.RNNCell, "gru": nn.GRUCell}
 INPUT = 16

@@ -39,8 +39,8 @@ import psutil
 import torch
 from compare_methods import CONFIGURATIONS, METHODS, POOL, CompiledBPTT, Method, Stream, build_cell, reference_gradient
 
-from sparse_rtrl.environment import describe_environment
-from sparse_rtrl.measurement import peak_growth
+from sparse_rtrl.cli.environment import describe_environment
+from sparse_rtrl.cli.measurement import peak_growth
 
 TOLERANCE = 1e-3  # float32 against float64, relative, of each parameter
 AGREEMENT = 3e-2  # of whole gradients beyond the reference's length: a top-k that falls differently moves them

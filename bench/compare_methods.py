@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sparse_rtrl import RTRL, Routing, SlotMoECell, estimate
-from sparse_rtrl.baselines import DenseJacobianRTRL
-from sparse_rtrl.slot_cell import gather_slots, scatter_slots
-from sparse_rtrl.tasks import Batch
+from sparse_rtrl.cells.slot_cell import gather_slots, scatter_slots
+from sparse_rtrl.training.baselines import DenseJacobianRTRL
+from sparse_rtrl.training.tasks import Batch
 
 INPUT, CLASSES = 8, 4
 POOL = 4096

@@ -34,11 +34,12 @@ import torch
 from influence_update import machine
 from torch import Tensor
 
-from sparse_rtrl import RTRL, ops
+from sparse_rtrl import RTRL
 from sparse_rtrl.cells import LRUCell, RetentionCell
-from sparse_rtrl.diagonal_cell import DiagonalCell
-from sparse_rtrl.diagonal_learner import DiagonalRTRL
-from sparse_rtrl.measurement import peak_growth, resident_bytes
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell
+from sparse_rtrl.cli.measurement import peak_growth, resident_bytes
+from sparse_rtrl.learners.diagonal_rtrl import DiagonalRTRL
+from sparse_rtrl.ops import dispatch
 
 WIDTHS, BATCHES, SEGMENT = (128, 512, 2048), (1, 16), 64
 ERROR_BOUND = 1e-3
@@ -250,7 +251,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         kind, width, batch = options.memory
         print(json.dumps(memory(kind, int(width), int(batch))))
         return []
-    assert not ops.compiled_problem, ops.compiled_problem
+    assert not dispatch.compiled_problem, dispatch.compiled_problem
     rows = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     done = {(row["cell"], row["width"], row["batch"]) for row in rows}
     print("microseconds of processor time per token")

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from sparse_rtrl import RTRL
 from sparse_rtrl.cells import LRUCell, RetentionCell
-from sparse_rtrl.diagonal_cell import DiagonalCell
-from sparse_rtrl.tasks import IGNORE, Copy
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell
+from sparse_rtrl.training.tasks import IGNORE, Copy
 
 METHODS = {"rtrl": 1, "tbptt1": 1, "tbptt64": 64, "bptt": None, "rtrl-token": 1}
 """Steps per segment; None for the whole sequence."""

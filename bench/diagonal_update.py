@@ -15,7 +15,7 @@ import statistics
 import torch
 from influence_update import machine, seconds
 
-from sparse_rtrl import ops, reference
+from sparse_rtrl.ops import dispatch, reference
 
 CASES = (
     # B, R, J, dtype: within the second-level cache, then beyond all caches
@@ -56,7 +56,7 @@ def error(arguments: list[torch.Tensor], rows: int = 64) -> float:
     exact = [a.to(torch.complex128 if a.is_complex() else torch.float64, copy=True) for a in few]
     reference.diagonal_update_(*exact)
     whole = [a.clone() for a in arguments]
-    ops.diagonal_update_(*whole)
+    dispatch.diagonal_update_(*whole)
     found = {0: whole[0][:, -rows:]} | ({4: whole[4][-rows:]} if len(whole) > 4 else {})
     return max(float((f - exact[i]).norm() / exact[i].norm()) for i, f in found.items())
 
@@ -77,7 +77,7 @@ def measure(arguments: list[torch.Tensor], rounds: int) -> dict:
     repeats = max(1, 16 * MIB // copied)
     times: dict[str, list[float]] = {"update": [], "copy": []}
     for _ in range(rounds + 1):
-        times["update"].append(seconds(lambda: ops.diagonal_update_(*arguments), repeats))
+        times["update"].append(seconds(lambda: dispatch.diagonal_update_(*arguments), repeats))
         times["copy"].append(seconds(lambda: target.copy_(P), repeats))
     assert torch.equal(target, P)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out")
     options = parser.parse_args()
-    ops.select("cpp", torch.device("cpu"), torch.float32)
+    dispatch.select("cpp", torch.device("cpu"), torch.float32)
     rows = []
     print("threads  B      R    J dtype      loss  MB of P  update    copy GB/s  of copy")
     for case in CASES:

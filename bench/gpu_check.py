@@ -33,8 +33,9 @@ import torch
 import triton
 
 from bench import gpu_learning
-from sparse_rtrl import reference, triton_kernels
-from sparse_rtrl.triton_backend import WITHOUT_PRECISION
+from sparse_rtrl import triton_kernels
+from sparse_rtrl.ops import reference
+from sparse_rtrl.ops.triton_backend import WITHOUT_PRECISION
 from sparse_rtrl.triton_kernels import launch
 
 ROOT = Path(__file__).parent.parent
@@ -369,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.skip_tests:
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         status["build"] = run_command(build, dry_run, SPARSE_RTRL_CPP="1", SPARSE_RTRL_CUDA="1")
-        load = "import sys; from sparse_rtrl import ops; sys.exit(ops.compiled_problem or ops.cuda_problem)"
+        load = "import sys; from sparse_rtrl.ops import dispatch as d; sys.exit(d.compiled_problem or d.cuda_problem)"
         status["load"] = run_command([sys.executable, "-c", load], dry_run)
         found = [name for name, package in TESTS.items() if importlib.util.find_spec(package)]
         if len(found) < len(TESTS):

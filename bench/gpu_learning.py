@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from bench.compare_methods import CLASSES, INPUT, build_cell, summed_loss, unroll
 from sparse_rtrl import RTRL, SlotMoECell
-from sparse_rtrl.cuda_graph import FixedSteps, run_directly
+from sparse_rtrl.learners.cuda_graph import FixedSteps, run_directly
 
 LENGTH = 256
 TOLERANCE = 1e-3  # float32 against float64, relative

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from training_runs import accuracy_of, save, train
 
-from sparse_rtrl.checkpoint import load_checkpoint, save_checkpoint
-from sparse_rtrl.contestant import RunConfig, build_method
-from sparse_rtrl.evaluation import Accuracy
-from sparse_rtrl.gradient_method import unroll
-from sparse_rtrl.slot_cell import SlotCell
-from sparse_rtrl.streams import TaskStream
-from sparse_rtrl.tasks import Haystack
-from sparse_rtrl.training import Tally
+from sparse_rtrl.cells.slot_cell import SlotCell
+from sparse_rtrl.cli.contestant import RunConfig, build_method
+from sparse_rtrl.training.checkpoint import load_checkpoint, save_checkpoint
+from sparse_rtrl.training.evaluation import Accuracy
+from sparse_rtrl.training.gradient_method import unroll
+from sparse_rtrl.training.streams import TaskStream
+from sparse_rtrl.training.tasks import Haystack
+from sparse_rtrl.training.trainer import Tally
 
 EVALUATION_SEED = 2**31 + 2**30
 

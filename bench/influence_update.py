@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from sparse_rtrl import ops, reference
+from sparse_rtrl.ops import dispatch, reference
 
 SHAPES = [(64, 128, 8192), (128, 256, 32768), (32, 64, 4096)]
 BATCHES = [1, 16]
@@ -48,7 +48,7 @@ def error(arguments: list) -> float:
     few += [[d[:1].clone() for d in arguments[7]], [z[:1].clone() for z in arguments[8]], arguments[9]]
     exact = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in few[:7]]
     exact += [[d.double() for d in few[7]], [z.double() for z in few[8]], few[9]]
-    ops.influence_update_(*few)
+    dispatch.influence_update_(*few)
     reference.influence_update_(*exact)
     return float((few[0].double() - exact[0]).norm() / exact[0].norm())
 
@@ -78,7 +78,7 @@ def measure(w: int, r: int, columns: int, batch: int, rounds: int) -> dict:
 
     times: dict[str, list[float]] = {"update": [], "mm": [], "cube": []}
     for _ in range(rounds + 1):
-        times["update"].append(seconds(lambda: ops.influence_update_(*arguments)))
+        times["update"].append(seconds(lambda: dispatch.influence_update_(*arguments)))
         times["mm"].append(seconds(same_shape))
         times["cube"].append(scale * seconds(lambda: torch.mm(cube, cube, out=cube_out)))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    ops.select("cpp", torch.device("cpu"), torch.float32)
+    dispatch.select("cpp", torch.device("cpu"), torch.float32)
     rows = []
     print(
         f"{'w':>4} {'r':>4} {'N':>6} {'B':>3} {'ratio':>6} {'same shape':>10} {'update':>7} {'mm':>7} {'cube':>7} GF/s"

@@ -17,9 +17,9 @@ import torch
 from influence_update import machine
 
 from sparse_rtrl import Routing, SlotMoECell
-from sparse_rtrl.engine import Engine
-from sparse_rtrl.influence import Influence
-from sparse_rtrl.reference import slot_entries
+from sparse_rtrl.influence.sparse import Influence
+from sparse_rtrl.learners.engine import Engine
+from sparse_rtrl.ops.reference import slot_entries
 
 BLOCK = 64
 POOL = 256

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_rtrl import Carry, DiagonalCell, DiagonalStack, ELSTMCell, LRUCell, PerLayerApproximation, RetentionCell
-from sparse_rtrl.environment import describe_environment
+from sparse_rtrl.cli.environment import describe_environment
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from char_stream import BYTES, segments, text

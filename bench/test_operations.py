@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparse_rtrl import RTRL, Carry, CircularTree, SlotMoECell, ops
+from sparse_rtrl import RTRL, Carry, CircularTree, SlotMoECell
+from sparse_rtrl.ops import dispatch
 
 torch.set_num_threads(1)
 
@@ -34,7 +35,7 @@ def test_influence_update(benchmark, batch, w, r, columns):
         [torch.randn(batch, 2, j)],
         [0],
     )
-    benchmark(lambda: ops.influence_update_(P, *arguments))
+    benchmark(lambda: dispatch.influence_update_(P, *arguments))
     kept = [s for s in range(num_slots) if s not in write[0].tolist()]
     assert not torch.equal(P, before)
     for s in kept:
@@ -49,7 +50,7 @@ def test_diagonal_update(benchmark, batch, rows, columns):
     decay, delta = torch.full((batch, rows), 0.9j), torch.randn(batch, rows, 1, dtype=P.dtype)
     z = torch.randn(batch, 1, columns)
     P[0, 0] = 0
-    benchmark(lambda: ops.diagonal_update_(P, decay, delta, z))
+    benchmark(lambda: dispatch.diagonal_update_(P, decay, delta, z))
     # The sum of the powers of 0.9j that went in tells how often the update ran.
     turns = (P[0, 0, 0] / (delta[0, 0, 0] * z[0, 0, 0])).item()
     sums = torch.cumsum(torch.tensor(0.9j, dtype=torch.complex128) ** torch.arange(2000), 0)

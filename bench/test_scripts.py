@@ -19,8 +19,8 @@ import torch
 import truncation_bias
 
 from sparse_rtrl import SlotMoECell
-from sparse_rtrl.streams import TaskStream
-from sparse_rtrl.tasks import Haystack
+from sparse_rtrl.training.streams import TaskStream
+from sparse_rtrl.training.tasks import Haystack
 
 
 def test_carry_against_the_textbook():

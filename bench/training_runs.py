@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparse_rtrl.environment import describe_environment
+from sparse_rtrl.cli.environment import describe_environment
 
 
 def train(folder: Path, settings: dict[str, object], environment: dict[str, str] | None = None) -> dict:
@@ -36,7 +36,7 @@ def train(folder: Path, settings: dict[str, object], environment: dict[str, str]
         raise ValueError(f"runs must be a folder for these settings: {folder} was trained with {begun['settings']}")
     if (folder / "results.json").exists():
         return begun
-    command = [sys.executable, "-m", "sparse_rtrl.cli", "train"]
+    command = [sys.executable, "-m", "sparse_rtrl.cli.app", "train"]
     if (folder / "config.json").exists():
         command += ["--resume", str(folder)]
     else:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rtrl import Carry
-from sparse_rtrl.environment import describe_environment
+from sparse_rtrl.cli.environment import describe_environment
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from char_stream import BYTES, segments, text

@@ -1,4 +1,4 @@
-// The recurrence of SlotMoECell behind the operations of sparse_rtrl/ops.py, through torch's stable ABI.
+// The recurrence of SlotMoECell behind the operations of sparse_rtrl/ops/dispatch.py, through torch's stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -128,7 +128,7 @@ class TreeTensors {
   int64_t slot_size_;
 };
 
-// See sparse_rtrl/reference.py for what the operations do.
+// See sparse_rtrl/ops/reference.py for what the operations do.
 template <typename Device>
 void tree_append_(std::vector<Tensor> rows, std::vector<Tensor> cols, std::vector<Tensor> blocks,
                   std::vector<Tensor> loss_rows, Tensor count, Tensor Jh, Tensor write, Tensor support,

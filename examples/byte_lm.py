@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from sparse_rtrl import RTRL, SlotMoECell
-from sparse_rtrl.corpora import byte_corpus
-from sparse_rtrl.streams import CorpusStream
+from sparse_rtrl.training.corpora import byte_corpus
+from sparse_rtrl.training.streams import CorpusStream
 
 
 def main(arguments: list[str] | None = None) -> list[float]:

@@ -17,9 +17,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from sparse_rtrl import RTRL, SlotMoECell
-from sparse_rtrl.corpora import fasta_corpus
-from sparse_rtrl.streams import CorpusStream
-from sparse_rtrl.tasks import IGNORE
+from sparse_rtrl.training.corpora import fasta_corpus
+from sparse_rtrl.training.streams import CorpusStream
+from sparse_rtrl.training.tasks import IGNORE
 
 
 def write_example(path: Path, sequences: int = 8, motifs: int = 60) -> None:

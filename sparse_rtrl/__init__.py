@@ -1,7 +1,6 @@
 """Exact online gradients for recurrent networks with slot memory and mixtures of experts."""
 
-from sparse_rtrl.block_rtrl import BlockRTRL, get_expert_latent_activated
-from sparse_rtrl.carry import Carry
+from sparse_rtrl._moved import find_moved_modules
 from sparse_rtrl.cells import (
     ELSTMCell,
     LRUCell,
@@ -11,15 +10,20 @@ from sparse_rtrl.cells import (
     SlotMoECell,
     SparseLatentMoECell,
 )
-from sparse_rtrl.check import check_cell
-from sparse_rtrl.diagonal_cell import DiagonalCell, Given, Learned, Mapped
-from sparse_rtrl.diagonal_stack import DiagonalStack, PerLayerApproximation
-from sparse_rtrl.errors import ContractError, NonFiniteError
-from sparse_rtrl.estimate import Estimate, estimate
-from sparse_rtrl.expert_bank import ExpertBank, expert_linear
-from sparse_rtrl.learner import RTRL, Evaluation
-from sparse_rtrl.slot_cell import Routing, SlotCell
-from sparse_rtrl.tree import CircularTree, Node
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Given, Learned, Mapped
+from sparse_rtrl.cells.expert_bank import ExpertBank, expert_linear
+from sparse_rtrl.cells.slot_cell import Routing, SlotCell
+from sparse_rtrl.errors import ContractError, DisagreementError, NonFiniteError
+from sparse_rtrl.influence.estimate import Estimate, estimate
+from sparse_rtrl.influence.tree import CircularTree, Node
+from sparse_rtrl.learners.block_rtrl import BlockRTRL, get_expert_latent_activated
+from sparse_rtrl.learners.carry import Carry
+from sparse_rtrl.learners.check_cell import check_cell
+from sparse_rtrl.learners.diagonal_rtrl import DiagonalRTRL
+from sparse_rtrl.learners.diagonal_stack import DiagonalStack, PerLayerApproximation
+from sparse_rtrl.learners.rtrl import RTRL, Evaluation
+
+find_moved_modules()
 
 __version__ = "0.2.0"
 
@@ -30,7 +34,9 @@ __all__ = [
     "CircularTree",
     "ContractError",
     "DiagonalCell",
+    "DiagonalRTRL",
     "DiagonalStack",
+    "DisagreementError",
     "ELSTMCell",
     "Estimate",
     "Evaluation",
@@ -54,3 +60,7 @@ __all__ = [
     "expert_linear",
     "get_expert_latent_activated",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_rtrl import RTRL, SlotCell
-from sparse_rtrl.slot_cell import Routing
+from sparse_rtrl.cells.slot_cell import Routing
 
 
 def inputs(steps: int, batch: int, features: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -4,7 +4,8 @@ import torch
 from hypothesis import strategies as st
 from pattern_cell import pick
 
-from sparse_rtrl import CircularTree, reference
+from sparse_rtrl import CircularTree
+from sparse_rtrl.ops import reference
 
 
 def to(value, dtype, device="cpu"):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparse_rtrl.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
 from sparse_rtrl.cells import SlotMoECell, SparseLatentMoECell
-from sparse_rtrl.tasks import IGNORE, Batch, Haystack, MultiQueryRecall
+from sparse_rtrl.training.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
+from sparse_rtrl.training.tasks import IGNORE, Batch, Haystack, MultiQueryRecall
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from oracle import bptt, cotangents, gradients_of, inputs, worst_error
 
-from sparse_rtrl import BlockRTRL, ContractError, NonFiniteError, Routing, SlotMoECell, get_expert_latent_activated, ops
+from sparse_rtrl import BlockRTRL, ContractError, NonFiniteError, Routing, SlotMoECell, get_expert_latent_activated
 from sparse_rtrl.errors import BackendError
+from sparse_rtrl.ops import dispatch
 
 
 def model(num_experts=5):
@@ -65,7 +66,7 @@ def test_16_step_training_loop_has_the_gradient_of_bptt(catch_up, backend):
 
 
 def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setattr(ops, "compiled_problem", "they were not built")
+    monkeypatch.setattr(dispatch, "compiled_problem", "they were not built")
     cell, x = model(), inputs(1, 2)
     rtrl = BlockRTRL(dict(cell.named_parameters()), 2, cell.hidden_size, backend="cpp")
     state = cell.initial_state(2)

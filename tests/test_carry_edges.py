@@ -681,8 +681,8 @@ def test_a_module_that_holds_its_carry_is_copied():
 @pytest.mark.parametrize("module", ["chain", "general"])
 @pytest.mark.parametrize("fault", ["parameter", "state"])
 def test_verify_notices_a_captured_fault_and_leaves_grad(module, fault, monkeypatch):
-    from sparse_rtrl.chain_capture import ChainCapture
-    from sparse_rtrl.graph_capture import GraphCapture
+    from sparse_rtrl.capture.chain_capture import ChainCapture
+    from sparse_rtrl.capture.graph_capture import GraphCapture
 
     m, x = nn.GRUCell(2, H, **F64), inputs()
     step = call if module == "chain" else (lambda m, x, h, t: torch.atan(m(x, h)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_rtrl.cells import SlotMoECell, SparseLatentMoECell
-from sparse_rtrl.slot_cell import Routing
+from sparse_rtrl.cells.slot_cell import Routing
 
 SIZES = dict(
     input_size=5,

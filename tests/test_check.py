@@ -7,7 +7,7 @@ from pattern_cell import PatternCell, make_pattern
 from torch import nn
 
 from sparse_rtrl import ContractError, Routing, SlotMoECell, SparseLatentMoECell, check_cell
-from sparse_rtrl.slot_cell import scatter_slots
+from sparse_rtrl.cells.slot_cell import scatter_slots
 
 BATCH = 4
 

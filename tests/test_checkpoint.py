@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 
-from sparse_rtrl.checkpoint import (
+from sparse_rtrl.training.checkpoint import (
     HEADER,
     CheckpointError,
     CheckpointFolder,
@@ -84,7 +84,7 @@ def test_code_in_a_file_is_not_executed(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TypeError, match=r"state\['deep'\]\[1\] must be a tensor, .* got Malicious"):
         save_checkpoint(path, {"deep": [1, Malicious()]})
-    monkeypatch.setattr("sparse_rtrl.checkpoint._check_plain", lambda value, where: None)
+    monkeypatch.setattr("sparse_rtrl.training.checkpoint._check_plain", lambda value, where: None)
     save_checkpoint(path, {"deep": [1, Malicious()]})
     with pytest.raises(CheckpointError, match="nothing of it was executed"):
         load_checkpoint(path)

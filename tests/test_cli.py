@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from sparse_rtrl.cli import app
-from sparse_rtrl.runlog import METRICS, read_lines
+from sparse_rtrl.training.runlog import METRICS, read_lines
 
 TINY = ["--batch-size", "2", "--updates", "3", "--eval-sequences", "20", "--slot-size", "8", "--length", "12"]
 
@@ -137,7 +137,7 @@ def test_compare_direct_and_trials_and_scaling(tmp_path):
 def test_check_passes_and_fails_with_its_exit_status(monkeypatch):
     output = invoke("check", "--length", 5, "--length", 17, "--slot-size", 4)
     assert "all 48 gradients agree" in output and "control.bias" in output
-    from sparse_rtrl.influence import Influence
+    from sparse_rtrl.influence.sparse import Influence
 
     original = Influence.loss_gradient
     monkeypatch.setattr(

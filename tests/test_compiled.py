@@ -15,13 +15,16 @@ from pattern_cell import PatternCell, make_pattern, pick
 from ring_problem import assert_as_good_as_reference, check_tree_operations, randn
 from test_tree import Dense, random_segment
 
-import sparse_rtrl.influence
-from sparse_rtrl import RTRL, CircularTree, ops, reference
-from sparse_rtrl.environment import backends
+import sparse_rtrl.influence.sparse
+from sparse_rtrl import RTRL, CircularTree
+from sparse_rtrl.cli.environment import backends
 from sparse_rtrl.errors import BackendError
-from sparse_rtrl.plan import Plan, plan
+from sparse_rtrl.influence.plan import Plan, plan
+from sparse_rtrl.ops import dispatch, reference
 
-compiled = pytest.mark.skipif(bool(ops.compiled_problem), reason=f"no compiled operations: {ops.compiled_problem}")
+compiled = pytest.mark.skipif(
+    bool(dispatch.compiled_problem), reason=f"no compiled operations: {dispatch.compiled_problem}"
+)
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -59,7 +62,7 @@ def test_influence_update(dtype, data):
         zs,
         offsets,
     ]
-    _, (found,) = assert_as_good_as_reference(ops, "influence_update_", arguments, dtype)
+    _, (found,) = assert_as_good_as_reference(dispatch, "influence_update_", arguments, dtype)
     before = P.to(dtype)
     for g in range(groups):  # what is not in the pattern stays as it was, bit for bit
         kept = torch.ones(P.shape[1], dtype=torch.bool)
@@ -76,7 +79,7 @@ def test_influence_update(dtype, data):
 def test_loss_row(dtype, columns):
     generator = torch.Generator().manual_seed(0)
     arguments = [randn(generator, 5, 25, columns), randn(generator, 3, 24), torch.tensor([4, 0, 2])]
-    (exact,), _ = assert_as_good_as_reference(ops, "loss_row_", arguments, dtype)
+    (exact,), _ = assert_as_good_as_reference(dispatch, "loss_row_", arguments, dtype)
     assert not torch.equal(exact, arguments[0].to(dtype).double())
 
 
@@ -88,7 +91,7 @@ def test_operations_on_rings(dtype):
     @given(data=st.data())
     @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     def check(data):
-        covered.update(check_tree_operations(ops, data.draw, dtype, [1, 3, 8, 17]))
+        covered.update(check_tree_operations(dispatch, data.draw, dtype, [1, 3, 8, 17]))
 
     check()
     assert min(covered[name] for name in ("wrapped", "merged", "products")) > 10
@@ -170,7 +173,7 @@ def test_changing_the_plan_keeps_the_gradient(monkeypatch, resets):
             Plan(eager=False, buffer=9, levels=0, product_from=0),
         ]
     )
-    monkeypatch.setattr(sparse_rtrl.influence, "plan", lambda **sizes: next(plans))
+    monkeypatch.setattr(sparse_rtrl.influence.sparse, "plan", lambda **sizes: next(plans))
     steps, batch = 60, 3
     cell = pattern_cell(steps, batch)
     x, c = inputs(steps, batch), cotangents(steps, batch)
@@ -216,24 +219,24 @@ def test_dyadic_arithmetic_is_that_of_the_tree(count, capacity, first, data):
 def test_backends_that_are_not_there_are_refused(monkeypatch):
     device = torch.device("cpu")
     with pytest.raises(ValueError, match="backend must be one of"):
-        ops.select("fast", device, torch.float32)
+        dispatch.select("fast", device, torch.float32)
     with pytest.raises(BackendError, match=r"float32 and float64, got torch\.bfloat16"):
-        ops.select("cpp", device, torch.bfloat16)
+        dispatch.select("cpp", device, torch.bfloat16)
     with pytest.raises(BackendError, match="'cpp' is for cpu, the tensors are on cuda"):
-        ops.select("cpp", torch.device("cuda"), torch.float32)
+        dispatch.select("cpp", torch.device("cuda"), torch.float32)
     with pytest.raises(BackendError, match="'cuda' is for cuda, the tensors are on cpu"):
-        ops.select("cuda", device, torch.float32)
+        dispatch.select("cuda", device, torch.float32)
     with pytest.raises(BackendError, match=r"float32 and float64, got torch\.float16"):
-        ops.select("cuda", torch.device("cuda"), torch.float16)
-    assert ops.select("auto", torch.device("cuda"), torch.bfloat16) is reference
-    assert ops.select("auto", device, torch.bfloat16) is reference
-    monkeypatch.setattr(ops, "compiled_problem", "they were not built")
+        dispatch.select("cuda", torch.device("cuda"), torch.float16)
+    assert dispatch.select("auto", torch.device("cuda"), torch.bfloat16) is reference
+    assert dispatch.select("auto", device, torch.bfloat16) is reference
+    monkeypatch.setattr(dispatch, "compiled_problem", "they were not built")
     with pytest.raises(BackendError, match=r"they were not built\. Build them with 'SPARSE_RTRL_CPP=1 pip"):
         CircularTree(4, 1, 2, 2, backend="cpp")
-    monkeypatch.setattr(ops, "cuda_problem", "this torch was built for the CPU")
+    monkeypatch.setattr(dispatch, "cuda_problem", "this torch was built for the CPU")
     assert "CUDA C++: no, this torch was built for the CPU" in backends()
     with pytest.raises(BackendError, match=r"built for the CPU\. Build them with 'SPARSE_RTRL_CUDA=1 pip"):
-        ops.select("cuda", torch.device("cuda"), torch.float32)
+        dispatch.select("cuda", torch.device("cuda"), torch.float32)
 
 
 @compiled
@@ -248,20 +251,20 @@ def test_wrong_arguments_are_refused():
     ):
         before = arguments[0].clone()
         with pytest.raises((ValueError, IndexError), match=message):
-            ops.loss_row_(*arguments)
+            dispatch.loss_row_(*arguments)
         assert torch.equal(arguments[0], before)
     with pytest.raises(IndexError, match="support must lie in"):
         slot = torch.zeros(1, 1, dtype=torch.int64)
-        ops.influence_update_(P, torch.randn(1, 2, 2), slot, slot + 2, None, groups[:1], groups[:1], [], [], [])
+        dispatch.influence_update_(P, torch.randn(1, 2, 2), slot, slot + 2, None, groups[:1], groups[:1], [], [], [])
 
 
 @compiled
 def test_wrong_rings_are_refused():
     def refused(error, message, name, arguments, **changes):
-        names = [argument.name for argument in getattr(ops, name).default._schema.arguments]
+        names = [argument.name for argument in getattr(dispatch, name).default._schema.arguments]
         given = {**dict(zip(names, arguments, strict=True)), **changes}
         with pytest.raises(error, match=message):
-            getattr(ops, name)(*given.values())
+            getattr(dispatch, name)(*given.values())
 
     tree = CircularTree(4, 2, 3, 2)
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from pattern_cell import PatternCell, make_pattern
 from torch import nn
 
 from sparse_rtrl import RTRL, BlockRTRL, SlotMoECell, get_expert_latent_activated
-from sparse_rtrl.cuda_graph import FixedSteps, run_directly
+from sparse_rtrl.learners.cuda_graph import FixedSteps, run_directly
 
 STEPS, BATCH = 30, 2
 
@@ -129,7 +129,7 @@ def test_block_rtrl_is_copied(way):
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "copy"])
 def test_fixed_steps_are_recorded_anew(way, monkeypatch):
-    monkeypatch.setattr("sparse_rtrl.cuda_graph.record_graphs", run_directly)
+    monkeypatch.setattr("sparse_rtrl.learners.cuda_graph.record_graphs", run_directly)
     monkeypatch.setattr(FixedSteps.__init__, "__defaults__", (run_directly,))
     x = inputs(12, BATCH)
     learner = RTRL(new_cell("fused"), BATCH, catch_up="eager")

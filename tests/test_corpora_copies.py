@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from sparse_rtrl.corpora import byte_corpus, fasta_corpus
-from sparse_rtrl.streams import CorpusStream
+from sparse_rtrl.training.corpora import byte_corpus, fasta_corpus
+from sparse_rtrl.training.streams import CorpusStream
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda each: pickle.loads(pickle.dumps(each))}
 

@@ -11,12 +11,13 @@ from ring_problem import check_tree_operations
 from test_cuda_graph import BATCH, check_equal, new_cell, train
 from torch.nn.utils import parametrize
 
-from sparse_rtrl import RTRL, CircularTree, ops
+from sparse_rtrl import RTRL, CircularTree
+from sparse_rtrl.ops import dispatch
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(bool(ops.cuda_problem), reason=f"no CUDA operations: {ops.cuda_problem}"),
+    pytest.mark.skipif(bool(dispatch.cuda_problem), reason=f"no CUDA operations: {dispatch.cuda_problem}"),
 ]
 SIZES = [1, 3, 8, 17, 40]
 
@@ -28,7 +29,7 @@ def test_operations_on_rings(dtype):
     @given(data=st.data())
     @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     def check(data):
-        covered.update(check_tree_operations(ops, data.draw, dtype, SIZES, "cuda"))
+        covered.update(check_tree_operations(dispatch, data.draw, dtype, SIZES, "cuda"))
 
     check()
     assert min(covered[name] for name in ("wrapped", "merged", "products")) > 0

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_rtrl import RTRL, NonFiniteError, Routing, SlotCell, SlotMoECell
-from sparse_rtrl.cuda_graph import FixedSteps, run_directly
+from sparse_rtrl.learners.cuda_graph import FixedSteps, run_directly
 
 BATCH = 3
 

@@ -26,10 +26,10 @@ from sparse_rtrl import (
     RetentionCell,
     RWKVCell,
     check_cell,
-    diagonal_influence,
     estimate,
 )
-from sparse_rtrl.diagonal_influence import DiagonalInfluence
+from sparse_rtrl.influence import diagonal as diagonal_influence
+from sparse_rtrl.influence.diagonal import DiagonalInfluence
 
 RESETS = {8: torch.tensor([True, False, False]), 14: torch.tensor([False, True, True])}
 

@@ -23,9 +23,9 @@ from sparse_rtrl import (
     check_cell,
     estimate,
 )
-from sparse_rtrl.diagonal_cell import Given, Learned, Mapped
-from sparse_rtrl.diagonal_influence import DiagonalInfluence
+from sparse_rtrl.cells.diagonal_cell import Given, Learned, Mapped
 from sparse_rtrl.errors import DisagreementError
+from sparse_rtrl.influence.diagonal import DiagonalInfluence
 
 RESETS = {6: torch.tensor([True, False, False]), 11: torch.tensor([False, True, True]), 15: torch.ones(3).bool()}
 

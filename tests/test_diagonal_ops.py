@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_rtrl import ops, reference
+from sparse_rtrl.ops import dispatch, reference
 
-compiled = pytest.mark.skipif(bool(ops.compiled_problem), reason=f"no compiled operations: {ops.compiled_problem}")
+compiled = pytest.mark.skipif(
+    bool(dispatch.compiled_problem), reason=f"no compiled operations: {dispatch.compiled_problem}"
+)
 DTYPES = (torch.float64, torch.complex128)
 ALL_DTYPES = (torch.float32, *DTYPES, torch.complex64)
 
@@ -119,9 +121,9 @@ def test_gradient_of_a_recurrence(dtype, length):
                 found,
                 strict=True,
             ):
-                ops.diagonal_update_(influence, (decay**length).expand(batch, -1), d, z, g, u)
+                dispatch.diagonal_update_(influence, (decay**length).expand(batch, -1), d, z, g, u)
         for g, influence in zip(found, (P, P_logit, P_scale), strict=True):
-            ops.diagonal_loss_(g, influence, readout[last + length - 1])
+            dispatch.diagonal_loss_(g, influence, readout[last + length - 1])
     assert norm_error(found[0], exact[0]) < 1e-12
     assert norm_error(found[1].squeeze(1), exact[1]) < 1e-12
     real = found[2].squeeze(1).real
@@ -164,7 +166,7 @@ def assert_as_good_as_reference(arguments, dtype, changed=(0, 4), name="diagonal
     eps = torch.finfo(dtype).eps
     ratio = eps / torch.finfo(torch.float32).eps
     found, guards = zip(*(guarded(v) for v in given), strict=True)
-    getattr(ops, name)(*found)
+    getattr(dispatch, name)(*found)
     for i in range(len(found)):
         exact, own, own_exact = (r[i] for r in results)
         if i in changed:
@@ -199,7 +201,7 @@ def test_threads_do_not_change_a_bit(dtype, rows, columns):
     for count in (1, 2):
         torch.set_num_threads(count)
         arguments = problem(2, rows, 1, columns, dtype)
-        ops.diagonal_update_(*arguments)
+        dispatch.diagonal_update_(*arguments)
         results.append(arguments)
     torch.set_num_threads(threads)
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][4], results[1][4])
@@ -218,7 +220,7 @@ def test_views(dtype):
     P, decay, delta, z, g, u = problem(dtype=dtype)
     new, gradient = expected(P, decay, delta, z, g, u)
     strange = [decay.t().contiguous().t(), delta[..., [0, 0, 1, 1]][..., ::2], z.transpose(1, 2).contiguous().mT]
-    ops.diagonal_update_(P, *strange, g, u.conj().resolve_conj().conj())
+    dispatch.diagonal_update_(P, *strange, g, u.conj().resolve_conj().conj())
     assert norm_error(P, new) < 1e-14 and norm_error(g, gradient) < 1e-14
 
 
@@ -242,7 +244,7 @@ def test_wrong_arguments(index, wrong, message):
     arguments = problem()
     arguments[index] = wrong(arguments[index])
     with pytest.raises(ValueError, match=message):
-        ops.diagonal_update_(*arguments)
+        dispatch.diagonal_update_(*arguments)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparse_rtrl import RTRL, SlotMoECell, estimate
-from sparse_rtrl.estimate import choose_commit_every, tree_bytes
-from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.capture.parameters import ParameterGroups
+from sparse_rtrl.influence.estimate import choose_commit_every, tree_bytes
 
 
 def cell(**changes) -> SlotMoECell:

@@ -11,10 +11,11 @@ from pattern_cell import PatternCell, make_pattern
 from test_tree import swap_products
 from torch.func import functional_call
 
-from sparse_rtrl import RTRL, SlotMoECell, SparseLatentMoECell, ops
-from sparse_rtrl.influence import Influence
-from sparse_rtrl.jacobian import JacobianCapture
-from sparse_rtrl.tree import CircularTree
+from sparse_rtrl import RTRL, SlotMoECell, SparseLatentMoECell
+from sparse_rtrl.capture.jacobian import JacobianCapture
+from sparse_rtrl.influence.sparse import Influence
+from sparse_rtrl.influence.tree import CircularTree
+from sparse_rtrl.ops import dispatch
 
 CATCH_UPS = ("eager", "replay", "product", "auto")
 EXACT = 1e-12
@@ -313,7 +314,7 @@ def _no_catch_up(monkeypatch):
 
 
 def _truncated(monkeypatch):
-    monkeypatch.setattr(ops, "loss_row_", lambda P, u, groups: None)
+    monkeypatch.setattr(dispatch, "loss_row_", lambda P, u, groups: None)
 
 
 def _unpaid(monkeypatch):

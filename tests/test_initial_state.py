@@ -9,7 +9,7 @@ from pattern_cell import PatternCell, make_pattern
 from torch import nn
 
 from sparse_rtrl import RTRL, BlockRTRL, ContractError, SlotMoECell, get_expert_latent_activated
-from sparse_rtrl.cuda_graph import FixedSteps, run_directly
+from sparse_rtrl.learners.cuda_graph import FixedSteps, run_directly
 
 EXACT = 1e-12
 STEPS, BATCH = 24, 3

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from sparse_rtrl import RTRL, ExpertBank, Routing, SlotCell, SlotMoECell, SparseLatentMoECell
-from sparse_rtrl.factor_capture import FactorCapture
-from sparse_rtrl.jacobian import JacobianCapture
-from sparse_rtrl.parameters import ParameterGroups
-from sparse_rtrl.segment import compose
-from sparse_rtrl.slot_cell import gather_slots
+from sparse_rtrl.capture.factor_capture import FactorCapture
+from sparse_rtrl.capture.jacobian import JacobianCapture
+from sparse_rtrl.capture.parameters import ParameterGroups
+from sparse_rtrl.capture.segment import compose
+from sparse_rtrl.cells.slot_cell import gather_slots
 
 
 def ready_cells():

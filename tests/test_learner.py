@@ -602,7 +602,7 @@ def test_steps_of_an_unroll_are_captured_together_as_they_are_alone(rows, monkey
     x, c = inputs(11, 2), cotangents(11, 2)
     windows, calls = [], []
     for most in (1, rows):
-        monkeypatch.setattr("sparse_rtrl.jacobian.ROWS_TOGETHER", most)
+        monkeypatch.setattr("sparse_rtrl.capture.jacobian.ROWS_TOGETHER", most)
         learner = RTRL(small_cell(), 2, commit_every=16, backend="reference")  # which has no fused pass
         capture = learner._engine.capture
         step = capture.step

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparse_rtrl import RTRL, Routing, SlotCell, SlotMoECell
 from sparse_rtrl.cells import SparseLatentMoECell
-from sparse_rtrl.lyapunov import LyapunovRegularizer, step_of, tangent_growth
+from sparse_rtrl.training.lyapunov import LyapunovRegularizer, step_of, tangent_growth
 
 
 class MapCell(SlotCell):

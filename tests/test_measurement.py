@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from sparse_rtrl.measurement import median_seconds, peak_growth
+from sparse_rtrl.cli.measurement import median_seconds, peak_growth
 
 
 def test_peak_growth_sees_a_peak_that_is_freed_again():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sparse_rtrl import CircularTree, ops
-from sparse_rtrl.reference import slot_entries
+from sparse_rtrl import CircularTree
+from sparse_rtrl.ops import dispatch
+from sparse_rtrl.ops.reference import slot_entries
 
 
 def problem(batch=3, num_slots=5, slot_size=3, kr=2, kw=2, groups=7, columns=11, dtype=torch.float64, seed=0):
@@ -63,7 +64,7 @@ def test_influence_update(shape, with_loss):
     expected = expected_update(*arguments)
     P = arguments[0]
     before = P.clone()
-    ops.influence_update_(*arguments)
+    dispatch.influence_update_(*arguments)
     torch.testing.assert_close(P, expected, rtol=1e-12, atol=1e-12)
     untouched = [g for g in range(len(P)) if g not in arguments[6].tolist()]
     assert torch.equal(P[untouched], before[untouched])
@@ -77,14 +78,14 @@ def test_influence_update_in_float32_is_as_good_as_dense_float32():
     exact = expected_update(*problem())
     single = problem(dtype=torch.float32)
     dense_error = (expected_update(*problem(dtype=torch.float32)).double() - exact).norm()
-    ops.influence_update_(*single)
+    dispatch.influence_update_(*single)
     assert (single[0].double() - exact).norm() <= 2 * dense_error + torch.finfo(torch.float32).eps * exact.norm()
 
 
 def test_loss_row():
     P = torch.randn(5, 7, 3, dtype=torch.float64)
     before, u, groups = P.clone(), torch.randn(2, 6, dtype=torch.float64), torch.tensor([4, 1])
-    ops.loss_row_(P, u, groups)
+    dispatch.loss_row_(P, u, groups)
     for i, g in enumerate(groups.tolist()):
         torch.testing.assert_close(P[g, -1], before[g, -1] + u[i] @ before[g, :-1])
     assert torch.equal(P[:, :-1], before[:, :-1]) and torch.equal(P[[0, 2, 3]], before[[0, 2, 3]])
@@ -117,4 +118,4 @@ def test_opcheck():
     P, u = torch.randn(2, 3, 4), torch.randn(2, 3)
     check("diagonal_update_", P, u, torch.randn(2, 3, 1), torch.randn(2, 1, 4), torch.randn(3, 4), u)
     check("diagonal_loss_", torch.randn(3, 4), P, u)
-    assert checked == set(ops.NAMES)
+    assert checked == set(dispatch.NAMES)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import sparse_rtrl
-from sparse_rtrl import RTRL, SlotMoECell, ops
+from sparse_rtrl import RTRL, SlotMoECell
+from sparse_rtrl.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,24 +131,24 @@ def test_libraries_hold_no_debug_information():
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_the_reference_stands_in_with_one_warning(monkeypatch, kind):
-    monkeypatch.setattr(ops, "_told", set())
-    monkeypatch.setattr(ops, "compiled_problem", "they were not built")
-    monkeypatch.setattr(ops, "cuda_problem", "they were not built")
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "compiled_problem", "they were not built")
+    monkeypatch.setattr(dispatch, "cuda_problem", "they were not built")
     device, variable = torch.device(kind), {"cpu": "SPARSE_RTRL_CPP", "cuda": "SPARSE_RTRL_CUDA"}[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ops.select("reference", device, torch.float32)
-        ops.select("auto", device, torch.bfloat16)
-        ops.select("auto", torch.device("meta"), torch.float32)
+        dispatch.select("reference", device, torch.float32)
+        dispatch.select("auto", device, torch.bfloat16)
+        dispatch.select("auto", torch.device("meta"), torch.float32)
     with pytest.warns(UserWarning, match=rf"{variable}=1 pip install --no-build-isolation \.") as told:
-        ops.select("auto", device, torch.float32)
-        ops.select("auto", device, torch.float64)
+        dispatch.select("auto", device, torch.float32)
+        dispatch.select("auto", device, torch.float64)
     assert len(told) == 1
 
 
 def test_a_learner_tells_that_the_reference_stands_in(monkeypatch):
-    monkeypatch.setattr(ops, "_told", set())
-    monkeypatch.setattr(ops, "compiled_problem", "they were not built")
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "compiled_problem", "they were not built")
     cell = SlotMoECell(4, 4, 2, 2, 1, read_slots=1, write_slots=1, output_size=2)
     with pytest.warns(UserWarning, match=r"operations for cpu are missing \(they were not built\)"):
         RTRL(cell, batch_size=1)

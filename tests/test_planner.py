@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sparse_rtrl.plan
-from sparse_rtrl import RTRL, SlotMoECell, planner
+import sparse_rtrl.influence.plan
+from sparse_rtrl import RTRL, SlotMoECell
+from sparse_rtrl.influence import planner
 
 SIZES = {
     "num_slots": 4,
@@ -85,12 +86,12 @@ def test_learners_plan_alike_without_the_compiled_planner(monkeypatch):
         return learner._engine.influence.plan
 
     with_it = decision()
-    monkeypatch.setattr(sparse_rtrl.plan, "planner", planner)
+    monkeypatch.setattr(sparse_rtrl.influence.plan, "planner", planner)
     assert decision() == with_it and with_it.table
     # And where the module cannot be imported.
     monkeypatch.setitem(sys.modules, "sparse_rtrl._planner", None)
     monkeypatch.delattr(sparse_rtrl, "_planner", raising=False)
-    spec = importlib.util.find_spec("sparse_rtrl.plan")
+    spec = importlib.util.find_spec("sparse_rtrl.influence.plan")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "other_plan", module)
     spec.loader.exec_module(module)

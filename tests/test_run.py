@@ -16,18 +16,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparse_rtrl.baselines import TBPTT, DenseJacobianRTRL, RecurrentNetwork
 from sparse_rtrl.cells import SlotMoECell
-from sparse_rtrl.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
+from sparse_rtrl.cells.slot_cell import Routing
 from sparse_rtrl.cli import app
-from sparse_rtrl.contestant import build_stream, build_trainer
-from sparse_rtrl.gradient_method import SparseRTRL, answer_loss, unroll
-from sparse_rtrl.routing_usage import RoutingUsage
-from sparse_rtrl.run import Run
-from sparse_rtrl.runlog import EVENTS, METRICS, RunLog, read_lines
-from sparse_rtrl.slot_cell import Routing
-from sparse_rtrl.tasks import IGNORE, Batch
-from sparse_rtrl.training import Trainer, Training
+from sparse_rtrl.cli.contestant import build_stream, build_trainer
+from sparse_rtrl.training.baselines import TBPTT, DenseJacobianRTRL, RecurrentNetwork
+from sparse_rtrl.training.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
+from sparse_rtrl.training.gradient_method import SparseRTRL, answer_loss, unroll
+from sparse_rtrl.training.routing_usage import RoutingUsage
+from sparse_rtrl.training.run import Run
+from sparse_rtrl.training.runlog import EVENTS, METRICS, RunLog, read_lines
+from sparse_rtrl.training.tasks import IGNORE, Batch
+from sparse_rtrl.training.trainer import Trainer, Training
 from tools.kill_resume import CONFIG, differences
 
 CONFIG = replace(CONFIG, updates=3, length=26, start_length=24, commit_every=5)

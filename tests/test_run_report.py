@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sparse_rtrl import run_plots, runlog
-from sparse_rtrl.cli import app
-from sparse_rtrl.run_report import load_run, write_report
+from sparse_rtrl.cli import app, run_plots
+from sparse_rtrl.cli.run_report import load_run, write_report
+from sparse_rtrl.training import runlog
 
 
 def line(update, **values):

@@ -10,14 +10,7 @@ from pattern_cell import PatternCell, make_pattern
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from sparse_rtrl import (
-    RTRL,
-    ContractError,
-    ExpertBank,
-    Routing,
-    SlotCell,
-    SlotMoECell,
-)
+from sparse_rtrl import RTRL, ContractError, ExpertBank, Routing, SlotCell, SlotMoECell
 
 EXACT = 1e-12
 

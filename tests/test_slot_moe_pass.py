@@ -10,11 +10,12 @@ import torch
 from oracle import gradients_of
 from torch import Tensor
 
-from sparse_rtrl import RTRL, NonFiniteError, SlotMoECell, ops
-from sparse_rtrl.gradient_method import unroll
-from sparse_rtrl.slot_moe_pass import SlotMoePass
+from sparse_rtrl import RTRL, NonFiniteError, SlotMoECell
+from sparse_rtrl.capture.slot_moe_pass import SlotMoePass
+from sparse_rtrl.ops import dispatch
+from sparse_rtrl.training.gradient_method import unroll
 
-pytestmark = pytest.mark.skipif(bool(ops.compiled_problem), reason="the compiled operations were not built")
+pytestmark = pytest.mark.skipif(bool(dispatch.compiled_problem), reason="the compiled operations were not built")
 
 SIZES = {
     "odd": {"slot_size": 5, "num_slots": 6, "num_experts": 8, "top_k": 2, "read_slots": 2, "write_slots": 2},
@@ -59,10 +60,12 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def test_evaluation_gives_the_outputs_of_the_cell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell, (x, _) = make_cell(name), problem(11, 3)
     expected, end = unroll(cell, x, cell.initial_state(3))
-    monkeypatch.setattr("sparse_rtrl.slot_moe_pass._TOGETHER", 3 * 4)  # parts of 4, 4 and 3 steps
+    monkeypatch.setattr("sparse_rtrl.capture.slot_moe_pass._TOGETHER", 3 * 4)  # parts of 4, 4 and 3 steps
     calls = []
-    run = ops.slot_moe_forward
-    monkeypatch.setattr(ops, "slot_moe_forward", lambda *arguments: calls.append(len(arguments[1])) or run(*arguments))
+    run = dispatch.slot_moe_forward
+    monkeypatch.setattr(
+        dispatch, "slot_moe_forward", lambda *arguments: calls.append(len(arguments[1])) or run(*arguments)
+    )
     with torch.no_grad():
         found, state = unroll(cell, x, cell.initial_state(3))
     evaluation = RTRL(cell, batch_size=3).evaluate()
@@ -278,7 +281,7 @@ def test_operations_refuse_what_does_not_fit() -> None:
     v, core, experts = torch.zeros(2, 30).double(), learner._engine.influence.core, learner._engine.influence.experts
     g = torch.zeros(core.shape[2]).double(), torch.zeros(8, experts.shape[2]).double()
     arguments = [[steps.inputs], [steps.saved], [steps.index], steps.weights, steps.of.columns, *steps.of.sizes[:3]]
-    ops.slot_moe_pull_back_(v, *g, None, *arguments)
+    dispatch.slot_moe_pull_back_(v, *g, None, *arguments)
     for place, bad in (
         (0, [steps.inputs[:2]]),
         (0, [steps.inputs] * 2),
@@ -290,10 +293,10 @@ def test_operations_refuse_what_does_not_fit() -> None:
     ):
         changed = [*arguments[:place], bad, *arguments[place + 1 :]]
         with pytest.raises((RuntimeError, ValueError, IndexError), match="must"):
-            ops.slot_moe_pull_back_(v, *g, None, *changed)
+            dispatch.slot_moe_pull_back_(v, *g, None, *changed)
     with pytest.raises(IndexError, match="rows must"):
         phi = torch.zeros(2, 1, 30).double()
-        ops.slot_moe_commit_(core, experts, phi, torch.tensor([[30], [0]]), *arguments)
+        dispatch.slot_moe_commit_(core, experts, phi, torch.tensor([[30], [0]]), *arguments)
     for name, call in (
         ("slot_moe_pull_back_", (v, *g, None, *arguments)),
         ("slot_moe_transfer_", (torch.zeros(2, 4, 30).double(), *arguments)),

@@ -6,9 +6,10 @@ from oracle import gradients_of, worst_error
 from test_carry import EXACT, F64, Stepwise, bptt, carried, data
 from torch import nn
 
-from sparse_rtrl import Carry, step_chain
-from sparse_rtrl.jacobian import StepJacobian
-from sparse_rtrl.step_chain import StepChain
+from sparse_rtrl import Carry
+from sparse_rtrl.capture import step_chain
+from sparse_rtrl.capture.jacobian import StepJacobian
+from sparse_rtrl.capture.step_chain import StepChain
 
 
 class Gated(nn.Module):
@@ -124,7 +125,7 @@ def test_windows_mix_chains_and_general_segments():
 
 
 def test_a_capture_that_disagrees_with_autograd_is_not_used(monkeypatch):
-    from sparse_rtrl import chain_capture
+    from sparse_rtrl.capture import chain_capture
 
     right = chain_capture._factors
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_rtrl import corpora
-from sparse_rtrl.corpora import ByteCorpus, FastaCorpus, byte_corpus, fasta_corpus, files_under
-from sparse_rtrl.streams import CorpusStream, TaskStream
-from sparse_rtrl.tasks import IGNORE, AnBn, Copy, Haystack
+from sparse_rtrl.training import corpora
+from sparse_rtrl.training.corpora import ByteCorpus, FastaCorpus, byte_corpus, fasta_corpus, files_under
+from sparse_rtrl.training.streams import CorpusStream, TaskStream
+from sparse_rtrl.training.tasks import IGNORE, AnBn, Copy, Haystack
 
 
 def write(folder, **files):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sparse_rtrl.tasks import IGNORE, TASKS, AnBn, Copy, Curriculum, Haystack, MultiQueryRecall
+from sparse_rtrl.training.tasks import IGNORE, TASKS, AnBn, Copy, Curriculum, Haystack, MultiQueryRecall
 
 
 def tokens_of(batch):

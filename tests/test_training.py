@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_rtrl.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
 from sparse_rtrl.cells import SlotMoECell
 from sparse_rtrl.errors import DivergenceError
-from sparse_rtrl.evaluation import Accuracy, evaluate, wilson_interval
-from sparse_rtrl.gradient_method import GradientMethod, SparseRTRL, Tally, answer_loss, unroll
-from sparse_rtrl.tasks import IGNORE, Batch, Copy, Curriculum, Haystack
-from sparse_rtrl.training import Trainer, Training, train
+from sparse_rtrl.training.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
+from sparse_rtrl.training.evaluation import Accuracy, evaluate, wilson_interval
+from sparse_rtrl.training.gradient_method import GradientMethod, SparseRTRL, Tally, answer_loss, unroll
+from sparse_rtrl.training.tasks import IGNORE, Batch, Copy, Curriculum, Haystack
+from sparse_rtrl.training.trainer import Trainer, Training, train
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +202,7 @@ def test_learning_rate_goes_linearly_to_its_end():
 @pytest.mark.parametrize("name", ["bptt", "gru-bptt", "jacrev", "rtrl"])
 def test_every_exact_method_learns_a_short_haystack(name):
     if name == "rtrl":
-        pytest.importorskip("sparse_rtrl.learner")
+        pytest.importorskip("sparse_rtrl.learners.rtrl")
     task = Haystack(5, 16, seed=1)
     trainer = Trainer(METHODS[name](16), learning_rate=1e-2)
     before = evaluate(trainer.method.model, Haystack(5, 64, seed=2), 128).value
@@ -214,7 +214,7 @@ def test_every_exact_method_learns_a_short_haystack(name):
 
 
 def test_methods_on_the_same_cell_get_the_same_gradient():
-    pytest.importorskip("sparse_rtrl.learner")
+    pytest.importorskip("sparse_rtrl.learners.rtrl")
     torch.set_default_dtype(torch.float64)
     cell = build_cell()
     batch = Haystack(14, 3, min_distance=6).sample()
@@ -237,7 +237,7 @@ def test_methods_on_the_same_cell_get_the_same_gradient():
 
 @pytest.mark.parametrize("per_segment", [False, True])
 def test_rtrl_trains_batch_after_batch(per_segment):
-    pytest.importorskip("sparse_rtrl.learner")
+    pytest.importorskip("sparse_rtrl.learners.rtrl")
     trainer = Trainer(METHODS["rtrl"](4), step_per_segment=per_segment)
     before = [p.detach().clone() for p in trainer.parameters]
     tallies = [p.tally for p in train(trainer, Curriculum(Haystack(5, 4), 5, 12, 4), updates=4)]
@@ -282,7 +282,7 @@ def test_evaluate_takes_exactly_the_sequences_asked_for():
 
 
 def test_evaluate_runs_long_sequences_in_pieces(monkeypatch):
-    monkeypatch.setattr("sparse_rtrl.evaluation._TOGETHER", 5 * 4)
+    monkeypatch.setattr("sparse_rtrl.training.evaluation._TOGETHER", 5 * 4)
     lengths = []
 
     class Counts(torch.nn.Module):

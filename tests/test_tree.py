@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_cell import pick
 
-from sparse_rtrl import CircularTree, ops, reference
-from sparse_rtrl.reference import slot_entries, union_slots
-from sparse_rtrl.tree import ring_bytes, ring_widths
+from sparse_rtrl import CircularTree
+from sparse_rtrl.influence.tree import ring_bytes, ring_widths
+from sparse_rtrl.ops import dispatch, reference
+from sparse_rtrl.ops.reference import slot_entries, union_slots
 
 SLOTS, SIZE = 5, 2
 HIDDEN = SLOTS * SIZE
@@ -77,7 +78,7 @@ def swap_products(monkeypatch):
     merge = reference.tree_merge
     monkeypatch.setattr(reference, "tree_merge", lambda *nodes: merge(*nodes[4:8], *nodes[:4], *nodes[8:]))
     for name in ("tree_append_", "suffix_product"):
-        monkeypatch.setattr(ops, name, getattr(reference, name))
+        monkeypatch.setattr(dispatch, name, getattr(reference, name))
 
 
 def test_the_product_does_not_commute_and_the_comparison_sees_it(monkeypatch):
@@ -198,7 +199,7 @@ def test_the_count_on_the_device_is_read_back():
     other.append(*segments[0])
     for segment in segments[1:]:  # as the replay of a CUDA graph would
         Jh, write, support, _ = segment
-        ops.tree_append_(*other._rings, other._count, Jh, write, support, None, 0, SLOTS, SIZE)
+        dispatch.tree_append_(*other._rings, other._count, Jh, write, support, None, 0, SLOTS, SIZE)
     other.refresh_count()
     assert (other.count, other.merges) == (tree.count, tree.merges) == (7, 4)
     assert torch.equal(other.suffix(3).dense(), tree.suffix(3).dense())

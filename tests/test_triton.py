@@ -17,8 +17,9 @@ import torch
 from oracle import bptt, cotangents, inputs, online, worst_error
 from pattern_cell import PatternCell, make_pattern, pick
 
-from sparse_rtrl import RTRL, ops, reference, triton_backend
+from sparse_rtrl import RTRL
 from sparse_rtrl.errors import BackendError
+from sparse_rtrl.ops import dispatch, reference, triton_backend
 
 pytest.importorskip("triton")
 
@@ -563,7 +564,7 @@ def test_compiled_by_torch(device):
     triton_kernels.influence_update_(*expected)
     u = arguments[0][: len(arguments[6]), -1, :15].contiguous()
     triton_kernels.loss_row_(expected[0], u * 2, arguments[6])
-    operations = ops.select("triton", torch.device(device), torch.float32)
+    operations = dispatch.select("triton", torch.device(device), torch.float32)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(P, u, *rest):
@@ -628,18 +629,18 @@ def test_no_host_synchronisation_and_graph_capture():
 def test_backend_is_refused_where_it_cannot_run(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     with pytest.raises(ValueError, match="precision must be one of"):
-        ops.select("triton", cuda, torch.float32, "fast")
+        dispatch.select("triton", cuda, torch.float32, "fast")
     with pytest.raises(ValueError, match="precision must be 'ieee' for backend 'auto', got 'tf32'"):
-        ops.select("auto", cpu, torch.float32, "tf32")
+        dispatch.select("auto", cpu, torch.float32, "tf32")
     for dtype, precision in ((torch.float16, "ieee"), (torch.float64, "tf32x3")):
         with pytest.raises(BackendError, match="is for float32, and float64 in precision 'ieee', got"):
-            ops.select("triton", cuda, dtype, precision)
+            dispatch.select("triton", cuda, dtype, precision)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match=r"runs on CUDA tensors, the tensors are on cpu: .* set TRITON_INTERPRET=1"):
-        ops.select("triton", cpu, torch.float32)
+        dispatch.select("triton", cpu, torch.float32)
     monkeypatch.setattr(triton_backend, "installed", lambda: False)
     with pytest.raises(BackendError, match=r"needs the package triton: install it with 'pip install sparse_rtrl\[tri"):
-        ops.select("triton", cuda, torch.float32)
+        dispatch.select("triton", cuda, torch.float32)
 
 
 def test_package_imports_without_triton():
@@ -647,9 +648,9 @@ def test_package_imports_without_triton():
         "import sys; sys.modules['triton'] = None\n"
         "import importlib.util; find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
-        "import sparse_rtrl.environment as e; assert 'Triton' not in e.backends(), e.backends()\n"
-        "import torch; from sparse_rtrl import ops\n"
-        "ops.loss_row_(torch.ones(1, 3, 2), torch.ones(1, 2), torch.tensor([0]))"
+        "import sparse_rtrl.cli.environment as e; assert 'Triton' not in e.backends(), e.backends()\n"
+        "import torch; from sparse_rtrl.ops import dispatch\n"
+        "dispatch.loss_row_(torch.ones(1, 3, 2), torch.ones(1, 2), torch.tensor([0]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

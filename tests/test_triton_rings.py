@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_problem import check_tree_operations
 
-from sparse_rtrl import ops
+from sparse_rtrl.ops import dispatch
 
 pytest.importorskip("triton")
 
@@ -16,5 +16,5 @@ pytest.importorskip("triton")
 def test_operations_on_rings(data):
     """Whatever the widths, at counts before and after the rings wrap."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = ops.select("triton", device, torch.float64)
+    module = dispatch.select("triton", device, torch.float64)
     check_tree_operations(module, data.draw, torch.float64, [3], device)

@@ -8,10 +8,10 @@ from oracle import bptt, cotangents, gradients_of, inputs, online, worst_error
 from pattern_cell import PatternCell, make_pattern
 
 from sparse_rtrl import RTRL, ContractError, SlotMoECell
-from sparse_rtrl.cuda_graph import FixedSteps, run_directly
+from sparse_rtrl.capture.jacobian import JacobianCapture
+from sparse_rtrl.capture.slot_moe_pass import SlotMoePass
 from sparse_rtrl.errors import DisagreementError
-from sparse_rtrl.jacobian import JacobianCapture
-from sparse_rtrl.slot_moe_pass import SlotMoePass
+from sparse_rtrl.learners.cuda_graph import FixedSteps, run_directly
 
 STEPS, BATCH = 20, 3
 

@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from sparse_rtrl import commands, runlog
-from sparse_rtrl.checkpoint import SUFFIX, load_checkpoint
-from sparse_rtrl.contestant import RunConfig
+from sparse_rtrl.cli import commands
+from sparse_rtrl.cli.contestant import RunConfig
+from sparse_rtrl.training import runlog
+from sparse_rtrl.training.checkpoint import SUFFIX, load_checkpoint
 
 # Segments of 4 steps, commits every 12, sequences that are no multiple of either, and a tree of 3 commits: checkpoints
 # fall into the middle of batches and windows, while experts sleep, expire and wake.
@@ -59,7 +60,7 @@ class Life:
     def __init__(self, folder: Path, fork: bool) -> None:
         self.folder = folder
         self.events = len(runlog.read_lines(folder / "events.jsonl"))
-        arguments = [sys.executable, "-m", "sparse_rtrl.cli", "train", "--resume", str(folder)]
+        arguments = [sys.executable, "-m", "sparse_rtrl.cli.app", "train", "--resume", str(folder)]
         self.process: Any
         if fork:
             self.process = multiprocessing.get_context("fork").Process(target=_live, args=(folder,))

@@ -26,11 +26,12 @@ STAND_IN = "the compiled operations for cpu are missing"
 CHECK = """
 import shutil, sys, warnings
 import sparse_rtrl
-from sparse_rtrl import ops, plan
+from sparse_rtrl.ops import dispatch
+from sparse_rtrl.influence import plan
 assert sparse_rtrl.__file__.startswith(sys.prefix), sparse_rtrl.__file__
 found = [tool for tool in ("cc", "c++", "gcc", "g++", "clang", "clang++") if shutil.which(tool)]
 assert not found, f"this environment was to have no compiler, and has {found}"
-print(f"sparse_rtrl {sparse_rtrl.__version__}, compiled operations: {ops.compiled_problem or 'there'},"
+print(f"sparse_rtrl {sparse_rtrl.__version__}, compiled operations: {dispatch.compiled_problem or 'there'},"
       f" planner: {plan.planner.__name__}")
 """
 

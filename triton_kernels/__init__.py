@@ -1,4 +1,4 @@
-"""Triton kernels of the influence operations, and their launchers under the names of ``sparse_rtrl.reference``.
+"""Triton kernels of the influence operations, and their launchers under the names of ``sparse_rtrl.ops.reference``.
 
 CUDA tensors run on the device; CPU tensors run in Triton's interpreter, if ``TRITON_INTERPRET=1`` was set before this
 package was imported. Every result is deterministic: no kernel uses atomics.

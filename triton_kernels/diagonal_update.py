@@ -100,7 +100,7 @@ def diagonal_update_(
 ) -> None:
     """Influence of a diagonal recurrence through one segment, in place: ``P <- decay ⊙ P + δ z``, loss row first.
 
-    See :func:`sparse_rtrl.reference.diagonal_update_`. Bytes of influence moved: ``2 * itemsize * B * R * J``; with
+    See :func:`sparse_rtrl.ops.reference.diagonal_update_`. Bytes of influence moved: ``2 * itemsize * B * R * J``; with
     ``g`` as many more as if there were one more stream.
 
     Args:
@@ -129,7 +129,7 @@ def diagonal_update_(
 def diagonal_loss_(g: Tensor, P: Tensor, u: Tensor) -> None:
     """Gradient that the influence of a diagonal recurrence carries, in place: ``g[r, j] += sum_b u[b, r] P̄[b, r, j]``.
 
-    See :func:`sparse_rtrl.reference.diagonal_loss_`. Bytes moved: ``itemsize * R * J * (B + 2)``.
+    See :func:`sparse_rtrl.ops.reference.diagonal_loss_`. Bytes moved: ``itemsize * R * J * (B + 2)``.
 
     Args:
         g: ``(R, J)`` of the dtype of ``P``, contiguous.

@@ -147,7 +147,7 @@ def influence_update_(
     precision: str = "ieee",
     seed: Tensor | None = None,
 ) -> None:
-    """Move influence matrices through one map, in place, as :func:`sparse_rtrl.reference.influence_update_` does.
+    """Move influence matrices through one map, in place, as :func:`sparse_rtrl.ops.reference.influence_update_` does.
 
     Bytes of influence moved: ``itemsize * M * N * (r + w + 2)``; operations: ``2 * M * N * (r * (w + 1) + w * τ)``.
     Indices are read on the device and not checked. A matrix whose group is negative does not move.

@@ -1,4 +1,4 @@
-// The CUDA kernels behind the operations on rings of sparse_rtrl/ops.py, through torch's stable ABI. They go to torch's
+// The CUDA kernels behind the operations on rings of sparse_rtrl/ops/dispatch.py, through torch's stable ABI. They go to torch's
 // current stream, wait for nothing and allocate only what they return.
 #ifndef USE_CUDA
 #define USE_CUDA  // for the stream in torch's C shim

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_rtrl.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
 
 
 class ELSTMReadout(nn.Module):

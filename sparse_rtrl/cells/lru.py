@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparse_rtrl.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
 
 
 class LRUReadout(nn.Module):

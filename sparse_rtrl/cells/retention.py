@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_rtrl.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
 
 
 class RetentionReadout(nn.Module):

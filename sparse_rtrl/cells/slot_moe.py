@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from sparse_rtrl.expert_bank import ExpertBank
-from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots
+from sparse_rtrl.cells.expert_bank import ExpertBank
+from sparse_rtrl.cells.slot_cell import Routing, SlotCell, gather_slots
 
 
 def check_sizes(

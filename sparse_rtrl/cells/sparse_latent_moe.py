@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_rtrl.cells.expert_bank import ExpertBank
+from sparse_rtrl.cells.slot_cell import Routing, SlotCell
 from sparse_rtrl.cells.slot_moe import OutputAttention, check_sizes
-from sparse_rtrl.expert_bank import ExpertBank
-from sparse_rtrl.slot_cell import Routing, SlotCell
 
 
 class SparseLatentMoECell(SlotCell):

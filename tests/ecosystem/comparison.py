@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import sparse_rtrl
-from sparse_rtrl import Carry, step_chain
-from sparse_rtrl.methods import Exact
+from sparse_rtrl import Carry
+from sparse_rtrl.capture import step_chain
+from sparse_rtrl.learners.methods import Exact
 
 EXACT = 1e-12
 """Largest relative error of an exact gradient in float64."""

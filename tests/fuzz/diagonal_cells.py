@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_rtrl
-from sparse_rtrl.diagonal_cell import DiagonalCell, Given, Learned, Mapped, Projection
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Given, Learned, Mapped, Projection
 
 from .draw import Draw
 from .parts import spread

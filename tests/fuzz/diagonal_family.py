@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_rtrl import RTRL, Carry
-from sparse_rtrl.diagonal_cell import DiagonalCell, Mapped
-from sparse_rtrl.diagonal_learner import DiagonalRTRL
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Mapped
+from sparse_rtrl.learners.diagonal_rtrl import DiagonalRTRL
 
 from . import features
 from .case import Case, Gradients, Way, added, gradients_of

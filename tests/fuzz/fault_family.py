@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rtrl import RTRL, BlockRTRL, Carry, Routing, get_expert_latent_activated
-from sparse_rtrl.diagonal_learner import DiagonalRTRL
+from sparse_rtrl.learners.diagonal_rtrl import DiagonalRTRL
 
 from . import features
 from .carry_family import Detach

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_rtrl import ExpertBank, Routing, SlotCell
-from sparse_rtrl.diagonal_cell import DiagonalCell, Given, Learned, Mapped, Projection
+from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Given, Learned, Mapped, Projection
 
 from .draw import Draw
 from .modules import INPUTS

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_rtrl
-from sparse_rtrl.diagonal_cell import Mapped
+from sparse_rtrl.cells.diagonal_cell import Mapped
 
 
 def supported(function: Any, **options: Any) -> dict[str, Any]:

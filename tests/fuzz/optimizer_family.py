@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_rtrl import RTRL, Carry, Routing, SlotMoECell
-from sparse_rtrl.diagonal_cell import Mapped
-from sparse_rtrl.diagonal_learner import DiagonalRTRL
+from sparse_rtrl.cells.diagonal_cell import Mapped
+from sparse_rtrl.learners.diagonal_rtrl import DiagonalRTRL
 
 from . import features
 from .carry_family import where

@@ -1,0 +1,1 @@
+"""How one step or segment depends on the state and the parameters."""

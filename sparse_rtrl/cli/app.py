@@ -1,0 +1,656 @@
+"""The ``sparse-rtrl`` command."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sparse_rtrl.cli.contestant import RunConfig
+
+# Everything that imports torch or matplotlib is imported inside the commands, so that --help answers at once.
+
+
+class _OneLineErrors(typer.core.TyperGroup):
+    """Turns the errors a user can mend into one line; anything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from rich.console import Console
+
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FloatingPointError, MemoryError, OSError) as error:
+            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        except RuntimeError as error:
+            # Only our own: a contestant's process that failed. Other runtime errors are defects and keep their trace.
+            if type(error).__name__ != "ContestantError":
+                raise
+            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code=2)
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Exact online gradients for recurrent cells with slot memory and experts.
+
+Start with `sparse-rtrl demo`: it trains one cell with sparse RTRL, BPTT and truncated BPTT and compares them.
+`sparse-rtrl check` shows that the gradient is that of BPTT; `sparse-rtrl train` trains; every command explains itself
+with `--help`.""",
+)
+compare_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Compare training methods, each trained before it is scored and each in a process of its own.
+
+- `compare direct`: several methods on one task: accuracy, memory, time.
+- `compare scaling`: memory and time over sequence lengths.
+- `compare trials`: accuracy over independent seeds and lengths.""",
+)
+app.add_typer(compare_app, name="compare", rich_help_panel="Learn")
+
+
+class Method(str, Enum):
+    """Names of :data:`~sparse_rtrl.cli.contestant.METHODS`, repeated here to keep ``--help`` quick."""
+
+    rtrl = "rtrl"
+    bptt = "bptt"
+    tbptt = "tbptt"
+    jacrev = "jacrev"
+    gru_bptt = "gru-bptt"
+    rnn_bptt = "rnn-bptt"
+
+
+class CellName(str, Enum):
+    """Names of :data:`~sparse_rtrl.cli.contestant.CELLS`."""
+
+    slot_moe = "slot-moe"
+    sparse_latent_moe = "sparse-latent-moe"
+    lru = "lru"
+    retention = "retention"
+    rwkv = "rwkv"
+    mamba = "mamba"
+    elstm = "elstm"
+
+
+class TaskName(str, Enum):
+    """Names of :data:`~sparse_rtrl.training.tasks.TASKS`."""
+
+    haystack = "haystack"
+    copy = "copy"
+    anbn = "anbn"
+    recall = "recall"
+
+
+class TrainingData(str, Enum):
+    """The tasks, and the kinds of corpora that :data:`~sparse_rtrl.cli.contestant.CORPORA` names."""
+
+    haystack = "haystack"
+    copy = "copy"
+    anbn = "anbn"
+    recall = "recall"
+    bytes = "bytes"
+    fasta = "fasta"
+
+
+_CELL, _TASK, _OPTIMIZER, _OUTPUT, _LONG = "Cell", "Task", "Training", "Output", "Long runs"
+
+EXIT_INTERRUPTED = 75
+"""Exit status of ``train`` after SIGTERM or SIGINT: everything is saved, ``--resume`` goes on (EX_TEMPFAIL)."""
+
+_CHANGEABLE = {
+    *("updates", "learning_rate", "final_learning_rate", "clip_norm", "weight_decay", "influence_cap", "threads"),
+    *("checkpoint_minutes", "checkpoint_every", "keep_checkpoints", "log_every"),
+}
+"""Options that may be given together with ``--resume``."""
+
+Methods = Annotated[list[Method], typer.Option("--method", "-m", help="Repeat the option for several methods.")]
+Cell = Annotated[CellName, typer.Option(help="The recurrent cell.", rich_help_panel=_CELL)]
+SlotSize = Annotated[int, typer.Option(help="Numbers per slot.", rich_help_panel=_CELL)]
+NumSlots = Annotated[
+    int, typer.Option(help="Slots, or heads; other cells get slots * slot size units.", rich_help_panel=_CELL)
+]
+NumExperts = Annotated[int, typer.Option(help="Experts.", rich_help_panel=_CELL)]
+TopK = Annotated[int, typer.Option(help="Experts active in a step.", rich_help_panel=_CELL)]
+ReadSlots = Annotated[int, typer.Option(help="Slots read in a step.", rich_help_panel=_CELL)]
+WriteSlots = Annotated[int, typer.Option(help="Slots written in a step.", rich_help_panel=_CELL)]
+TokenShift = Annotated[
+    bool,
+    typer.Option(
+        "--token-shift",
+        help="Retention: keys come from the previous input, so that it remembers which input followed which.",
+        rich_help_panel=_CELL,
+    ),
+]
+Decay = Annotated[
+    float | None,
+    typer.Option(
+        help="Retention: decay of all heads, 1 for linear attention; those of the paper if absent.",
+        rich_help_panel=_CELL,
+    ),
+]
+TaskChoice = Annotated[TaskName, typer.Option(help="What to learn.", rich_help_panel=_TASK)]
+Length = Annotated[int, typer.Option(help="Steps per sequence at the end of training.", rich_help_panel=_TASK)]
+StartLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Length at the beginning; it grows from there to --length. If absent 12, or the shortest sequence of the "
+        "task.",
+        rich_help_panel=_TASK,
+    ),
+]
+CurriculumUpdates = Annotated[
+    int | None,
+    typer.Option(help="Updates until --length is reached; all of --updates if absent.", rich_help_panel=_TASK),
+]
+CurriculumShape = Annotated[str, typer.Option(help="linear or geometric.", rich_help_panel=_TASK)]
+MinDistance = Annotated[
+    int | None,
+    typer.Option(
+        help="Haystack and recall: least steps between what is remembered and its question; one more than --segment if "
+        "absent, so that truncated BPTT never sees both in one segment.",
+        rich_help_panel=_TASK,
+    ),
+]
+Pairs = Annotated[int, typer.Option(help="Recall: key-value pairs to remember.", rich_help_panel=_TASK)]
+BatchSize = Annotated[int, typer.Option(help="Streams.", rich_help_panel=_OPTIMIZER)]
+Updates = Annotated[int, typer.Option(help="Batches to train on.", rich_help_panel=_OPTIMIZER)]
+Segment = Annotated[int, typer.Option(help="Steps per segment of rtrl and tbptt.", rich_help_panel=_OPTIMIZER)]
+CommitEvery = Annotated[
+    str | None,
+    typer.Option(
+        help="Method rtrl: steps between two updates of the influence, or auto for the cheapest; --segment if absent. "
+        "The gradient is the same.",
+        rich_help_panel=_OPTIMIZER,
+    ),
+]
+LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of AdamW.", rich_help_panel=_OPTIMIZER)]
+FinalLearningRate = Annotated[
+    float,
+    typer.Option("--final-lr", help="Learning rate at the last update, reached linearly.", rich_help_panel=_OPTIMIZER),
+]
+ClipNorm = Annotated[float, typer.Option(help="Largest gradient norm; 0 for no clipping.", rich_help_panel=_OPTIMIZER)]
+StepPerSegment = Annotated[
+    bool, typer.Option(help="Step after each segment that asks something.", rich_help_panel=_OPTIMIZER)
+]
+Seed = Annotated[int, typer.Option(help="Of parameters and sequences.", rich_help_panel=_OPTIMIZER)]
+Threads = Annotated[int, typer.Option(help="Threads of PyTorch per process.", rich_help_panel=_OPTIMIZER)]
+EvalSequences = Annotated[int, typer.Option(help="Fresh sequences to score on.", rich_help_panel=_OPTIMIZER)]
+Parallel = Annotated[int, typer.Option(help="Trainings at a time; 0 for one per core.", rich_help_panel=_OUTPUT)]
+Runs = Annotated[Path, typer.Option(help="Folder that holds the runs.", rich_help_panel=_OUTPUT)]
+Name = Annotated[str | None, typer.Option(help="Name of the run; date and time if absent.", rich_help_panel=_OUTPUT)]
+
+
+def _config(values: dict[str, Any]) -> RunConfig:
+    """Make the configuration of a run from the options of a command, taking those it knows."""
+    from dataclasses import fields
+
+    from sparse_rtrl.cli.contestant import RunConfig
+    from sparse_rtrl.training.tasks import TASKS
+
+    task = values["task"].value
+    options: dict[str, Any] = {}
+    if task in ("bytes", "fasta"):
+        values = {**values, "start_length": None, "eval_lengths": ()}
+    if values.get("corpus") is not None:
+        values = {**values, "corpus": str(values["corpus"])}
+    of_retention = {name: values.get(name) for name in ("token_shift", "decay")}
+    if given := {name: value for name, value in of_retention.items() if value is not None and value is not False}:
+        if values["cell"] is not CellName.retention:
+            option = next(iter(given)).replace("_", "-")
+            raise ValueError(f"--{option} is for the cell retention, got cell {values['cell'].value}")
+        values = {**values, "cell_options": given}
+    if isinstance(every := values.get("commit_every"), str) and every != "auto":
+        if not every.isdecimal() or int(every) < 1:
+            raise ValueError(f"--commit-every must be auto or a number of at least 1, got {every}")
+        values = {**values, "commit_every": int(every)}
+    if values.get("min_distance") is not None and task not in ("haystack", "recall"):
+        raise ValueError(f"--min-distance is for the tasks haystack and recall, got task {task}")
+    if task in ("haystack", "recall"):
+        distance = values.get("min_distance")
+        options["min_distance"] = values["segment"] + 1 if distance is None else distance
+    if task == "recall":
+        options["num_pairs"] = values.get("pairs", 4)
+    if task in TASKS and values.get("start_length", 0) is None:
+        shortest = TASKS[task](values["length"], 1, **options).min_length
+        values = {**values, "start_length": min(max(12, shortest), values["length"])}
+    known = {f.name for f in fields(RunConfig)}
+    # Options that take several values, such as the methods or lengths of a comparison, are not those of one run.
+    single = {name: v for name, v in values.items() if name in known and not isinstance(v, list)}
+    settings = {name: v.value if isinstance(v, Enum) else v for name, v in single.items()}
+    if not settings.get("clip_norm", 1.0):
+        settings["clip_norm"] = None
+    return RunConfig(**settings, task_options=options)
+
+
+def _changes(ctx: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given together with ``--resume``.
+
+    Raises:
+        ValueError: if one of them must be as it was.
+    """
+    given = {n for n in ctx.params if getattr(ctx.get_parameter_source(n), "name", "") == "COMMANDLINE"} - {"resume"}
+    if fixed := sorted(given - _CHANGEABLE):
+        raise ValueError(f"{', '.join(fixed)} cannot differ from the run that --resume goes on with; leave it out")
+    return {name: getattr(_config(values), name) for name in given}
+
+
+@app.command(rich_help_panel="Learn")
+def train(
+    ctx: typer.Context,
+    method: Annotated[Method, typer.Option("--method", "-m", help="Where the gradient comes from.")] = Method.rtrl,
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 16,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 4,
+    top_k: TopK = 2,
+    read_slots: ReadSlots = 2,
+    write_slots: WriteSlots = 2,
+    token_shift: TokenShift = False,
+    decay: Decay = None,
+    task: Annotated[
+        TrainingData,
+        typer.Option(
+            help="What to learn: a task, or to predict the next byte of files (bytes) or the next base of DNA (fasta).",
+            rich_help_panel=_TASK,
+        ),
+    ] = TrainingData.haystack,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tasks bytes and fasta: a file, or a folder whose files are read one after the other; without it, "
+            "bytes reads the source of Python's standard library.",
+            rich_help_panel=_TASK,
+        ),
+    ] = None,
+    reset_at_borders: Annotated[
+        bool,
+        typer.Option(
+            help="Tasks bytes and fasta: start a new sequence with every file, or FASTA sequence.",
+            rich_help_panel=_TASK,
+        ),
+    ] = False,
+    length: Annotated[
+        int,
+        typer.Option(
+            help="Steps per sequence at the end of training; of bytes and fasta, steps per update.",
+            rich_help_panel=_TASK,
+        ),
+    ] = 128,
+    start_length: StartLength = None,
+    curriculum_updates: CurriculumUpdates = None,
+    curriculum_shape: CurriculumShape = "geometric",
+    min_distance: MinDistance = None,
+    pairs: Pairs = 4,
+    batch_size: BatchSize = 16,
+    updates: Updates = 400,
+    segment: Segment = 8,
+    commit_every: CommitEvery = None,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = 1e-3,
+    clip_norm: ClipNorm = 1.0,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=_OPTIMIZER)] = 0.0,
+    influence_cap: Annotated[
+        float | None,
+        typer.Option(
+            help="Method rtrl: largest Frobenius norm of the influence of a stream and group; what exceeds it is "
+            "scaled down, which is logged and makes the gradient inexact.",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = None,
+    lyapunov_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Methods rtrl, bptt, tbptt: add this times the squared distance of the finite-time Lyapunov exponent "
+            "from its target to the loss of every segment; 0 only logs the exponent.",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = None,
+    lyapunov_target: Annotated[
+        float, typer.Option(help="Exponent aimed at, in nats per step.", rich_help_panel=_OPTIMIZER)
+    ] = 0.0,
+    step_per_segment: StepPerSegment = False,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    eval_sequences: EvalSequences = 1000,
+    evaluate_at: Annotated[
+        list[int] | None,
+        typer.Option(help="Length to score at; repeat for several; --length if absent.", rich_help_panel=_OPTIMIZER),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder, from its newest checkpoint, or from this checkpoint. Its own "
+            "options count; updates, learning rates, clipping, decay, cap, threads, logging, checkpoints may differ.",
+            rich_help_panel=_LONG,
+        ),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Minutes between two checkpoints.", rich_help_panel=_LONG)
+    ] = 5.0,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Updates between two checkpoints besides.", rich_help_panel=_LONG)
+    ] = None,
+    keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints to keep.", rich_help_panel=_LONG)] = 3,
+    log_every: Annotated[int, typer.Option(help="Updates between two lines of metrics.", rich_help_panel=_LONG)] = 1,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Train one model and keep everything about it in a run folder.
+
+    The folder gets `config.json`, `metrics.jsonl`, `events.jsonl`, TensorBoard event files, `checkpoints/`,
+    `training.png`, `results.json` and the parameters (`model.pt`).
+
+    A run that was killed goes on with `--resume` as if nothing had happened, bit for bit. SIGTERM and SIGINT (Ctrl-C)
+    finish the segment, save and exit with status 75; a second one stops at once. A run that diverges stops with
+    status 2 and names the first bad step and the checkpoint from before it.
+
+    **Examples**
+
+    - `sparse-rtrl train` — sparse RTRL on the haystack, length growing from 12 to 128
+    - `sparse-rtrl train -m tbptt --segment 8 --name truncated` — the same with truncated BPTT
+    - `sparse-rtrl train --task recall --num-slots 8 --read-slots 4 --write-slots 4 --length 64
+      --evaluate-at 512`
+    - `sparse-rtrl train --cell lru --segment 1` — a linear recurrent unit, exact and fully online
+    - `sparse-rtrl train --evaluate-at 128 --evaluate-at 10000` — score far beyond the training length
+    - `sparse-rtrl train --task bytes --corpus FILE --length 64 --updates 1000` — predict the next byte of any file;
+      `--task fasta` for DNA; without `--corpus` the source of Python's standard library
+    - `sparse-rtrl train --name long --updates 20000 --checkpoint-minutes 1` and then
+      `sparse-rtrl train --resume runs/long` — after a crash, a kill or Ctrl-C
+    - `tensorboard --logdir runs` — look at all runs
+    """
+    values = {**locals(), "eval_lengths": tuple(evaluate_at or [length])}
+    from sparse_rtrl.cli import commands
+
+    if resume is None:
+        finished = commands.train_one(_config(values), runs, name)
+    else:
+        finished = commands.resume(resume, _changes(ctx, values))
+    if not finished:
+        raise typer.Exit(code=EXIT_INTERRUPTED)
+
+
+@compare_app.command("direct")
+def compare_direct(
+    method: Methods = [Method.rnn_bptt, Method.gru_bptt, Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 16,
+    task: TaskChoice = TaskName.haystack,
+    length: Length = 128,
+    start_length: StartLength = None,
+    curriculum_updates: CurriculumUpdates = None,
+    curriculum_shape: CurriculumShape = "geometric",
+    batch_size: BatchSize = 16,
+    updates: Updates = 400,
+    segment: Segment = 8,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = 1e-3,
+    seed: Seed = 0,
+    eval_sequences: EvalSequences = 1000,
+    parallel: Parallel = 1,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Plain networks with BPTT, the slot cell with BPTT, and the slot cell with sparse RTRL on one task.
+
+    Every method gets the same sequences and the same number of updates, is then scored on fresh sequences, and is
+    measured for memory and time by itself. The table has the 95 % interval and the chance line.
+
+    **Examples**
+
+    - `sparse-rtrl compare direct`
+    - `sparse-rtrl compare direct -m rtrl -m jacrev --length 32 --updates 100`
+    """
+    config = _config({**locals(), "eval_lengths": (length,)})
+    from sparse_rtrl.cli.commands import compare_on_one_task
+
+    compare_on_one_task(config, [m.value for m in method], parallel, None, runs, name, "direct")
+
+
+@compare_app.command("scaling")
+def compare_scaling(
+    method: Methods = [Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 16,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 4,
+    task: TaskChoice = TaskName.haystack,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps per sequence; repeat for several.", rich_help_panel=_TASK),
+    ] = None,
+    batch_size: BatchSize = 16,
+    segment: Segment = 8,
+    repeats: Annotated[int, typer.Option(help="Timed updates per point.", rich_help_panel=_OPTIMIZER)] = 3,
+    threads: Threads = 1,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Peak memory and time per token over sequence lengths, each number from a fresh process.
+
+    **Examples**
+
+    - `sparse-rtrl compare scaling` — lengths 64, 128, 256, 512
+    - `sparse-rtrl compare scaling --length 2000 --length 20000 -m rtrl --batch-size 1`
+    """
+    lengths = length or [64, 128, 256, 512]
+    config = _config({**locals(), "length": max(lengths)})
+    from sparse_rtrl.cli.commands import compare_over_lengths
+
+    compare_over_lengths(config, [m.value for m in method], lengths, repeats, runs, name)
+
+
+@compare_app.command("trials")
+def compare_trials(
+    method: Methods = [Method.gru_bptt, Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
+    trials: Annotated[int, typer.Option(help="Seeds per method and length.")] = 5,
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 16,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 4,
+    top_k: TopK = 2,
+    read_slots: ReadSlots = 2,
+    write_slots: WriteSlots = 2,
+    token_shift: TokenShift = False,
+    decay: Decay = None,
+    task: TaskChoice = TaskName.haystack,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps per sequence; repeat for several.", rich_help_panel=_TASK),
+    ] = None,
+    start_length: StartLength = None,
+    curriculum_updates: CurriculumUpdates = None,
+    curriculum_shape: CurriculumShape = "geometric",
+    min_distance: MinDistance = None,
+    pairs: Pairs = 4,
+    batch_size: BatchSize = 16,
+    updates: Updates = 400,
+    segment: Segment = 8,
+    commit_every: CommitEvery = None,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = 1e-3,
+    seed: Seed = 0,
+    eval_sequences: EvalSequences = 1000,
+    evaluate_at: Annotated[
+        list[int] | None,
+        typer.Option(help="Further length to score the same models at; repeat.", rich_help_panel=_OPTIMIZER),
+    ] = None,
+    parallel: Parallel = 0,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """Accuracy over independent trials: every seed of every method at every length is trained, then scored.
+
+    The table has the mean, the worst and best trial, how many trials solve the task with a 95 % interval over
+    trials, and the chance line.
+
+    **Examples**
+
+    - `sparse-rtrl compare trials` — 5 seeds at lengths 32, 64, 128
+    - `sparse-rtrl compare trials --trials 10 --length 128 -m rtrl -m tbptt`
+    - `sparse-rtrl compare trials --length 128 --evaluate-at 10000 -m rtrl` — score far beyond the training length
+    """
+    lengths = length or [32, 64, 128]
+    config = _config({**locals(), "length": max(lengths)})
+    from sparse_rtrl.cli.commands import compare_over_trials
+
+    compare_over_trials(config, [m.value for m in method], lengths, evaluate_at or [], trials, parallel, runs, name)
+
+
+@app.command(rich_help_panel="Learn")
+def demo(
+    length: Length = 128,
+    start_length: StartLength = None,
+    curriculum_updates: CurriculumUpdates = None,
+    curriculum_shape: CurriculumShape = "geometric",
+    slot_size: SlotSize = 16,
+    batch_size: BatchSize = 16,
+    updates: Updates = 400,
+    segment: Segment = 8,
+    learning_rate: LearningRate = 1e-2,
+    final_learning_rate: FinalLearningRate = 1e-3,
+    seed: Seed = 0,
+    eval_sequences: EvalSequences = 1000,
+    time_budget: Annotated[
+        float,
+        typer.Option(help="Seconds for everything; a training that would take longer stops early and says so."),
+    ] = 280.0,
+    parallel: Parallel = 0,
+    runs: Runs = Path("runs"),
+    name: Name = None,
+) -> None:
+    """The main job in at most five minutes: sparse RTRL, BPTT and truncated BPTT learn to find a needle in a haystack.
+
+    All three train the same slot cell on the same sequences, whose length grows to --length, for the same number of
+    updates. Sparse RTRL and truncated BPTT both backpropagate through segments of only --segment steps, and the key
+    is always further back than that.
+
+    **Examples**
+
+    - `sparse-rtrl demo` — what `make demo` runs
+    - `sparse-rtrl demo --length 64 --updates 300 --seed 3`
+    """
+    config = _config({**locals(), "task": TaskName.haystack, "eval_lengths": (length,)})
+    from sparse_rtrl.cli.commands import compare_on_one_task
+
+    compare_on_one_task(config, ["rtrl", "bptt", "tbptt"], parallel, time_budget, runs, name, "demo")
+
+
+@app.command(rich_help_panel="Inspect")
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Folders of runs of sparse-rtrl train.", metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("report"),
+) -> None:
+    """Write one HTML page about runs, finished or not: curves, memory, expert load, slot use, and how they compare.
+
+    The page, `report.html`, holds its pictures and opens without a network; they are also written beside it as PNG.
+
+    **Examples**
+
+    - `sparse-rtrl report runs/long` — one run, also while it is going on
+    - `sparse-rtrl report runs/rtrl runs/truncated --out comparison`
+    """
+    from sparse_rtrl.cli.run_report import write_report
+
+    typer.echo(f"The report is {write_report(run, out)}")
+
+
+@app.command(rich_help_panel="Inspect")
+def check(
+    length: Annotated[list[int] | None, typer.Option(help="Steps; repeat for several.", rich_help_panel=_TASK)] = None,
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 8,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 4,
+    top_k: TopK = 2,
+    read_slots: ReadSlots = 2,
+    write_slots: WriteSlots = 2,
+    segment: Segment = 1,
+    batch_size: BatchSize = 3,
+    buffer: Annotated[int, typer.Option(help="Segments kept for sleeping experts.")] = 64,
+    commit_every: Annotated[
+        int | None, typer.Option(help="Steps between two influence updates; the cost model chooses if absent.")
+    ] = None,
+    catch_up: Annotated[str, typer.Option(help="auto, eager, replay or product.")] = "auto",
+    seed: Seed = 0,
+    threads: Threads = 1,
+) -> None:
+    """Compare the gradient of sparse RTRL with that of BPTT, parameter by parameter.
+
+    Relative error and cosine in float64, which must be at most 1e-12, and in float32, which may be at most twice that
+    of float32 BPTT. The exit status is 1 if any parameter is off.
+
+    **Examples**
+
+    - `sparse-rtrl check` — lengths 1, 2, 17, 64
+    - `sparse-rtrl check --length 300 --buffer 5 --catch-up product`
+    - `sparse-rtrl check --segment 16 --cell sparse-latent-moe`
+    """
+    values = {
+        **locals(),
+        "task": TaskName.haystack,
+        "min_distance": 0,
+        "commit_every": "auto" if commit_every is None else commit_every,
+    }
+    config = _config(values | {"length": 128})
+    from sparse_rtrl.cli.commands import check_gradient
+
+    if not check_gradient(config, length or [1, 2, 17, 64]):
+        raise typer.Exit(code=1)
+
+
+@app.command(rich_help_panel="Inspect")
+def plan(
+    cell: Cell = CellName.slot_moe,
+    slot_size: SlotSize = 32,
+    num_slots: NumSlots = 4,
+    num_experts: NumExperts = 64,
+    top_k: TopK = 2,
+    read_slots: ReadSlots = 2,
+    write_slots: WriteSlots = 2,
+    batch_size: BatchSize = 1,
+    commit_every: Annotated[int, typer.Option(help="Steps between two influence updates.")] = 1,
+    flush_every: Annotated[float, typer.Option(help="Steps between two optimizer steps.")] = 64.0,
+    buffer: Annotated[
+        int | None, typer.Option(help="Segments kept for sleeping experts; the planner chooses if absent.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time this machine first, instead of the built-in rates.")
+    ] = False,
+) -> None:
+    """Show how sleeping experts would be kept, and what each way would cost.
+
+    Eager updating moves every expert at every influence update; lazy ways catch up when an expert wakes, by replaying
+    the missed segments or by one merged product. The planner takes the cheapest; nothing is trained.
+
+    **Examples**
+
+    - `sparse-rtrl plan` — 4 slots, 64 experts, an optimizer step every 64 steps
+    - `sparse-rtrl plan --flush-every 1` — stepping the optimizer at every token pays every expert at every token
+    - `sparse-rtrl plan --num-slots 64 --num-experts 256 --measure`
+    """
+    from sparse_rtrl.cli.commands import show_plan
+
+    values = {**locals(), "task": TaskName.haystack, "segment": 1, "buffer": buffer or 1, "commit_every": commit_every}
+    show_plan(_config(values), flush_every, "auto" if buffer is None else buffer, measure)
+
+
+@app.command(rich_help_panel="Inspect")
+def env() -> None:
+    """Show versions, hardware, and which backends this installation has; paste it into bug reports.
+
+    Example: `sparse-rtrl env`
+    """
+    from sparse_rtrl.cli.commands import show_environment
+
+    show_environment()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

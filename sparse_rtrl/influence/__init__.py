@@ -1,0 +1,1 @@
+"""Influence matrices: how they are stored, moved, planned and estimated."""

@@ -1,0 +1,1 @@
+"""What the engine computes: the definition of each operation, and who computes it."""

@@ -1,0 +1,1 @@
+"""Tasks, data, runs and the loop that trains on them."""
