@@ -463,7 +463,8 @@ def pull_back(
     if not pairs or not parameters:
         return [None] * len(parameters)
     outputs, cotangents = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, allow_unused=True))
+    with without_hooks(parameters):  # type: ignore[arg-type]
+        return list(torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, allow_unused=True))
 
 
 def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -112,6 +112,13 @@ class Influence:
         elif buffer != "auto" and catch_up != "auto":
             self._begin(forced(catch_up, buffer))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._ops = ops.select(self.backend, self.core.device, self.core.dtype)
+
     def _begin(self, chosen: Plan) -> None:
         """Follow a plan from the current commit on, where every influenced expert is up to date."""
         self.plan = chosen
@@ -252,6 +259,32 @@ class Influence:
         self._pay(self.influenced & ~self.awake)
         self._rows_hold_gradients = False
         return self._take_loss_rows(self._every_pair)
+
+    @full_precision
+    def owes(self) -> bool:
+        """Whether :meth:`flush` would add anything but rounding."""
+        if self._rows_hold_gradients and bool(self.core[:, -1].any() or self.experts[:, -1].any()):
+            return True
+        sleeping = self.influenced & ~self.awake
+        if self.tree is None or not bool(sleeping.any()):
+            return False
+        total, paid = self._owed_rows(sleeping)[sleeping], self.handed_out[sleeping]
+        least = 64 * torch.finfo(total.dtype).eps * torch.maximum(total.abs(), paid.abs()).amax(1, keepdim=True)
+        return bool(((total - paid).abs() > least).any())
+
+    @full_precision
+    def begin(self, streams: Tensor, core: Tensor, experts: Tensor) -> None:
+        """Give streams that start anew the influence of their initial state; no step may have been taken since.
+
+        Args:
+            streams: boolean mask ``(B,)``.
+            core: ``dh_0/dθ`` of the core parameters, ``(B, H, N_core)``.
+            experts: that of the experts' parameters, ``(B, E, H, N_expert)``.
+        """
+        self.core[streams, :-1] = core[streams]
+        self.experts.unflatten(0, (self.batch_size, -1))[streams, :, :-1] = experts[streams]
+        self.influenced[streams] = experts[streams].flatten(2).any(2)
+        self.last_update[streams] = self.commits
 
     @full_precision
     def discard(self) -> None:
@@ -417,7 +450,8 @@ class Influence:
                     f" {sizes}, got {tuple(captured['sizes'])}"
                 )
         saved = None if state["plan"] is None else Plan(**state["plan"])
-        if self.catch_up != "auto" and saved is not None and saved.eager != (self.catch_up == "eager"):
+        eager = self.catch_up == "eager" or not self.groups.num_experts
+        if (eager or self.catch_up != "auto") and saved is not None and saved.eager != eager:
             raise ValueError("the state was saved with catch_up='eager' on one side only; use the same catch_up")
         if self.buffer != "auto" and saved is not None and not saved.eager and saved.buffer != self.buffer:
             raise ValueError(f"the state must come from a learner with capacity {self.buffer}, got {saved.buffer}")

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sparse_rtrl.errors import DisagreementError
 
@@ -30,6 +31,8 @@ class Verifier:
     segments with probability ``(1 - 1 / n) ** k``. The draws come from a generator of its own, so that verifying
     changes no other random number.
 
+    A segment in which a hook was registered is always compared: hooks change gradients, and graphs do not show them.
+
     On a CUDA device the verdict stays on the device until :meth:`settle` reads it, so that no step waits for the host.
 
     Args:
@@ -49,12 +52,30 @@ class Verifier:
         self._pending: list[tuple[Tensor, list[str], int, int, str]] = []
         self.compared = 0
         """How many segments were compared."""
+        self._hooks = 0
+        self.ignore_hooks()
+
+    def ignore_hooks(self) -> None:
+        """Do not count the hooks that were registered up to now."""
+        self._hooks = RemovableHandle.next_id  # counts every registration of any hook in the process
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a hook was registered since the last segment."""
+        return self._hooks != RemovableHandle.next_id
 
     def due(self) -> bool:
-        """Draw whether the next segment is compared."""
-        if self._one_in < 2:
-            return self._one_in == 1
-        return int(torch.randint(self._one_in, (), generator=self._generator)) == 0
+        """Whether the next segment is compared: drawn, or hooks were registered in it."""
+        hooked = self.hooked
+        self.ignore_hooks()
+        drawn = self._one_in == 1
+        if self._one_in > 1:
+            drawn = int(torch.randint(self._one_in, (), generator=self._generator)) == 0
+        return drawn or hooked
+
+    def choose(self, count: int) -> int:
+        """Draw one of ``count`` steps."""
+        return int(torch.randint(count, (), generator=self._generator))
 
     def cotangent(self, state: Tensor) -> tuple[int, Tensor]:
         """A randomly chosen stream, and a random cotangent that is zero for all others.
