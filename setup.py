@@ -1,8 +1,8 @@
 """Build of the compiled parts, all optional; the metadata stands in pyproject.toml.
 
-CPU operations need a C++ compiler and torch at build time, the planner needs pybind11. CUDA operations need a torch
-that was built for CUDA, and nvcc; no device is asked for. Build with ``pip install --no-build-isolation .`` so that
-they are seen. SPARSE_RTRL_CPP=1 makes the absence of the first two an error, SPARSE_RTRL_CUDA=1 that of the third; 0
+Operations for the CPU need torch and a C++ compiler at build time; those for CUDA a torch that was built for CUDA, and
+nvcc, but no device; the planner needs pybind11 and a C++ compiler. Build with ``pip install --no-build-isolation .`` so
+that they are seen. SPARSE_RTRL_CPP=1, SPARSE_RTRL_CUDA=1 and SPARSE_RTRL_PLANNER=1 make their absence an error; 0
 leaves them out. SPARSE_RTRL_CUDA_ARCH names the GPUs to compile for, by default "80 90": machine code for each, and PTX
 of the last one for newer GPUs.
 
@@ -19,9 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.modified import newer_group
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.modified import newer_group
+except ImportError as error:
+    raise SystemExit("sparse_rtrl needs setuptools 77 or later to build: pip install --upgrade setuptools") from error
 
 ROOT = Path(__file__).parent
 # Python brings -g among flags of its own: without debug information and symbols a library has a tenth of the size.
@@ -62,52 +66,55 @@ def torch_folder() -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
+def left_out(variable: str, wanted: str, what: str, need: str) -> list[Extension]:
+    """Nothing, with a notice or an error that names what would be needed to build something."""
+    if wanted == "1":
+        raise SystemExit(f"{variable}=1, but {what} needs {need}")
+    print(f"sparse_rtrl: built without {what}, which needs {need}", file=sys.stderr)
+    return []
+
+
 def cpu_extensions(wanted: str) -> list[Extension]:
-    """Operations for the CPU and the planner; a notice or an error for what cannot be built here."""
-    out = []
-    missing = []
+    """Operations for the CPU, if torch is there; with ``wanted == "1"`` anything else raises."""
     torch_dir = torch_folder()
     if torch_dir is None:
-        missing.append("torch (build with --no-build-isolation in an environment that has it)")
-    else:
-        out.append(
-            Operations(
-                "sparse_rtrl._cpu",
-                sources("cpu", "operations"),
-                depends=headers(),
-                include_dirs=[str(torch_dir / "include")],
-                library_dirs=[str(torch_dir / "lib")],
-                libraries=["torch_cpu"],
-                define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-                extra_compile_args=FLAGS,
-                extra_link_args=LINK_FLAGS,
-                optional=wanted == "auto",
-                language="c++",
-            )
+        need = "torch (build with --no-build-isolation in an environment that has it)"
+        return left_out("SPARSE_RTRL_CPP", wanted, "the library of compiled operations", need)
+    return [
+        Operations(
+            "sparse_rtrl._cpu",
+            sources("cpu", "operations"),
+            depends=headers(),
+            include_dirs=[str(torch_dir / "include")],
+            library_dirs=[str(torch_dir / "lib")],
+            libraries=["torch_cpu"],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+            extra_compile_args=FLAGS,
+            extra_link_args=LINK_FLAGS,
+            optional=wanted == "auto",
+            language="c++",
         )
-    if choice("SPARSE_RTRL_PLANNER") != "0":
-        if importlib.util.find_spec("pybind11") is None:
-            missing.append("pybind11")
-        else:
-            import pybind11
+    ]
 
-            out.append(
-                Extension(
-                    "sparse_rtrl._planner",
-                    sources("planner"),
-                    depends=headers(),
-                    include_dirs=[pybind11.get_include()],
-                    extra_compile_args=FLAGS,
-                    extra_link_args=LINK_FLAGS,
-                    optional=wanted == "auto",
-                    language="c++",
-                )
-            )
-    if missing and wanted == "1":
-        raise SystemExit(f"SPARSE_RTRL_CPP=1, but the compiled parts need {' and '.join(missing)}")
-    for name in missing:
-        print(f"sparse_rtrl: built without a compiled part, which needs {name}", file=sys.stderr)
-    return out
+
+def planner_extensions(wanted: str) -> list[Extension]:
+    """The planner, if pybind11 is there; with ``wanted == "1"`` anything else raises."""
+    if importlib.util.find_spec("pybind11") is None:
+        return left_out("SPARSE_RTRL_PLANNER", wanted, "the compiled planner", "pybind11")
+    import pybind11
+
+    return [
+        Extension(
+            "sparse_rtrl._planner",
+            sources("planner"),
+            depends=headers(),
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args=FLAGS,
+            extra_link_args=LINK_FLAGS,
+            optional=wanted == "auto",
+            language="c++",
+        )
+    ]
 
 
 def find_nvcc() -> str | None:
@@ -220,8 +227,13 @@ class BuildWheel(bdist_wheel):
 
 def extensions() -> list[Extension]:
     """What can be built here."""
-    cpu, cuda = choice("SPARSE_RTRL_CPP"), choice("SPARSE_RTRL_CUDA")
-    return [*(cpu_extensions(cpu) if cpu != "0" else []), *(cuda_extensions(cuda) if cuda != "0" else [])]
+    kinds = {
+        "SPARSE_RTRL_CPP": cpu_extensions,
+        "SPARSE_RTRL_PLANNER": planner_extensions,
+        "SPARSE_RTRL_CUDA": cuda_extensions,
+    }
+    wanted = {variable: choice(variable) for variable in kinds}
+    return [part for variable, build in kinds.items() if wanted[variable] != "0" for part in build(wanted[variable])]
 
 
 if __name__ == "__main__":

@@ -124,6 +124,29 @@ def test_a_build_keeps_the_order_of_sources_and_only_what_was_built(tmp_path, mo
     assert (tmp_path / "lib" / "_good.so").stat().st_mtime_ns == before, "nothing had changed"
 
 
+def test_what_is_a_must_is_built_or_named(monkeypatch, capsys):
+    set_up = load_set_up()
+    monkeypatch.setattr(set_up, "torch_folder", lambda: None)
+    monkeypatch.setattr(set_up.importlib.util, "find_spec", lambda name: None)
+    for variable in ("SPARSE_RTRL_CPP", "SPARSE_RTRL_PLANNER", "SPARSE_RTRL_CUDA"):
+        monkeypatch.delenv(variable, raising=False)
+    assert set_up.extensions() == []
+    notices = capsys.readouterr().err
+    assert "without the library of compiled operations, which needs torch (build with --no-build-isolation" in notices
+    assert "without the compiled planner, which needs pybind11" in notices
+    monkeypatch.setenv("SPARSE_RTRL_PLANNER", "1")
+    with pytest.raises(SystemExit, match=r"^SPARSE_RTRL_PLANNER=1, but the compiled planner needs pybind11$"):
+        set_up.extensions()
+    monkeypatch.setenv("SPARSE_RTRL_CPP", "1")
+    with pytest.raises(SystemExit, match=r"^SPARSE_RTRL_CPP=1, but the library of compiled operations needs torch"):
+        set_up.extensions()
+    for variable in ("SPARSE_RTRL_CPP", "SPARSE_RTRL_PLANNER", "SPARSE_RTRL_CUDA"):
+        monkeypatch.setenv(variable, "0")
+    capsys.readouterr()
+    assert set_up.extensions() == []
+    assert not capsys.readouterr().err
+
+
 def test_libraries_hold_no_debug_information():
     for library in (ROOT / "sparse_rtrl").glob("_*.so"):
         assert b".debug_info" not in library.read_bytes()[-65536:], f"{library} was built with -g"
