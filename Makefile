@@ -14,7 +14,7 @@ DEMO ?=
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ecosystem fuzz gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test test-ecosystem fuzz test-packages gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -54,6 +54,9 @@ test-ecosystem: $(ECOSYSTEM)/.installed  ## Carry recurrent modules of other pac
 
 fuzz: $(STAMP)  ## Compare 10,000 random cases with BPTT (about ten minutes on two cores); FUZZ='--seed 20000' for others
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --cases 10000 $(FUZZ)
+
+test-packages: $(STAMP)  ## Build sdist and wheels, install them where no compiler is, run README and docs
+	OMP_NUM_THREADS=1 $(BIN)/python tools/test_packages.py
 
 gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network
 	$(PYTHON) -m bench.gpu_check

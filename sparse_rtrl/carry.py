@@ -35,6 +35,17 @@ class _Entry:
         self.selected = selected
         self.trainable = [tensor.requires_grad for tensor in tensors]
         self.used = False
+        self.before: list[Tensor] = []
+        """The parameters when a loss went back through a segment that was still open."""
+
+    def check_unchanged(self) -> None:
+        """Refuse a segment whose parameters changed after its backward pass: its graph is no longer what ran."""
+        for parameter, before in zip(self.selected, self.before, strict=False):
+            if not torch.equal(parameter.tensor.detach(), before):
+                raise RuntimeError(
+                    f"{parameter.name} changed before carry was called: call h = carry(h) right after the forward pass,"
+                    " before backward and the optimizer's step"
+                )
 
     def gradients(self, u: Tensor) -> list[Tensor | None]:
         if self.carry._capturing:  # a capture differentiates at fixed entry state
@@ -49,6 +60,8 @@ class _Entry:
                     " through the past has nowhere to go: unfreeze parameters before h = carry(h)"
                 )
         self.used = True
+        if self.index == self.carry._past.segments:
+            self.before = [p.tensor.detach().clone() for p in self.selected]
         return [_as_gradient(found[p.name], p.tensor) if p.name in found else None for p in self.selected]
 
 
@@ -337,7 +350,9 @@ class Carry:
 
     def _flat(self, leaves: list[Any]) -> Tensor:
         """The floating-point tensors of a state side by side, ``(B, H)``, at least float32; complex ones as pairs."""
-        parts = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves if _is_number(leaf)]
+        # Not view_as_real: its backward pass asks for memory that is aligned to pairs.
+        pairs = [(leaf.real, leaf.imag) if leaf.is_complex() else (leaf,) for leaf in leaves if _is_number(leaf)]
+        parts = [torch.stack(pair, -1) if len(pair) == 2 else pair[0] for pair in pairs]
         if not parts:
             raise ValueError("state must hold at least one floating-point tensor")
         sizes = {part.shape[self.batch_dim] if part.dim() > self.batch_dim else None for part in parts}
@@ -361,7 +376,7 @@ class Carry:
                 shape = like.movedim(self.batch_dim, 0).shape
                 size = shape[1:].numel()
                 part = flat[:, start : start + size].reshape(shape).movedim(0, self.batch_dim).to(like.dtype).clone()
-                out.append(torch.view_as_complex(part.contiguous()) if leaf.is_complex() else part)
+                out.append(torch.complex(part[..., 0], part[..., 1]) if leaf.is_complex() else part)
                 start += size
             else:
                 out.append(leaf)
@@ -377,6 +392,8 @@ class Carry:
                 " returned, with its graph; before a new sequence call carry.reset()"
             )
         self._check_reached(graph)
+        if self._opened is not None:
+            self._opened.check_unchanged()
         if entry is not None and entry.shape != end.shape:
             raise ValueError(
                 f"state must keep its size (B, H): the state that carry returned last has {tuple(entry.shape)} numbers,"

@@ -172,12 +172,13 @@ def check_diagonal_cell(cell: DiagonalCell, x: Tensor, h: Tensor) -> None:
         values = [projection.value for projection in projections]
         new = cell.step(h, *values)
         output = cell.output(x, h, new, *values)
+        initial = cell.initial_entries(len(x))
     violations = _mixing(new, h)
     violations += _batch_mixing("output", output, h)
     named = [(name, p) for name, p in cell.named_parameters() if p.requires_grad]
     reached = _reached(new, named)
     violations += [f"readout parameter {name} reaches the state" for name in reached if name.startswith("readout.")]
-    reached |= _reached(output, named)
+    reached |= _reached(output, named) | _reached(initial, named)
     violations += [f"no gradient reaches parameter {name}" for name, _ in named if name not in reached]
     if violations:
         raise ContractError(violations)

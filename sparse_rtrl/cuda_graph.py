@@ -4,6 +4,10 @@ Two graphs, split at the output, because the criterion is the user's: the first 
 Jacobians; the second takes ``dL/doutput`` backwards, forms the loss row with the influence at the entry, and commits.
 Work that otherwise depends on what was chosen has a fixed size here: every expert moves at every commit, and a segment
 of several steps covers all slots.
+
+A recorded segment reads copies of the parameters that it takes first, so that what changes them before its backward
+pass changes nothing in it. Whether what was captured is what ran, and no row of the batch influences another, is noted
+on the device and read without waiting for it: one replay late.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
 from sparse_rtrl.engine import Engine
-from sparse_rtrl.errors import NonFiniteError
+from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.jacobian import StepJacobian
 from sparse_rtrl.parameters import RecurrentParameter
 from sparse_rtrl.precision import full_precision
@@ -101,7 +105,13 @@ class FixedSteps:
         """State after the last segment; changed in place."""
         self.finite = torch.ones((), dtype=torch.bool, device=state.device)
         """Whether everything was finite so far; on the device, since a look at it waits for the device."""
-        self._effective = {p.name: p.tensor.detach().clone().requires_grad_() for p in self._parametrized()}
+        self.agrees = torch.ones((), dtype=torch.bool, device=state.device)
+        """Whether what was captured was what ran so far, row by row; on the device."""
+        self._read = torch.ones((), dtype=torch.bool, pin_memory=state.is_cuda)
+        self._read_view = self._read.numpy()
+        self._arrived = torch.cuda.Event() if state.is_cuda else None
+        self._copies: dict[int, torch.nn.Parameter] = {}
+        self._effective: dict[str, Tensor] = {}
         self._segments: dict[Any, _Segment] = {}
         self._pending: _Segment | None = None
         self._number = 0
@@ -128,10 +138,6 @@ class FixedSteps:
         """
         if self.engine.influence is not self._influence:
             raise CannotRecord("a parameter was unfrozen")
-        for parameter, tensor in zip(self.engine.groups.all, tensors, strict=True):
-            if parameter.name in self._effective:
-                with torch.no_grad():
-                    self._effective[parameter.name].copy_(tensor)
         # What is recorded reads the parameters where they are: new ones, or others that train, are recorded anew.
         now = [(p.data_ptr(), p.requires_grad) for p in self.engine.cell.parameters()]
         if now != self._recorded_with:
@@ -139,12 +145,23 @@ class FixedSteps:
             self._recorded_with = now
             carried = {id(source) for p in self.engine.groups.all for source in p.sources}
             self._others = [p for p in self.engine.cell.parameters() if p.requires_grad and id(p) not in carried]
+            self._copies = {
+                id(p): torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in self.engine.cell.parameters()
+            }
+            self._effective = {p.name: p.tensor.detach().clone().requires_grad_() for p in self._parametrized()}
+        for parameter, tensor in zip(self.engine.groups.all, tensors, strict=True):
+            if parameter.name in self._effective:
+                with torch.no_grad():
+                    self._effective[parameter.name].copy_(tensor)
         key = (tuple(xs.shape), xs.dtype)
         if key not in self._segments:
             self._segments[key] = self._new_segment(xs)
         segment = self._segments[key]
         segment.xs.copy_(xs)
         segment.forward()
+        self._read.copy_(self.agrees, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
         self._pending = segment
         self._number += 1
         parameters = [*tensors, *self._others]
@@ -152,25 +169,17 @@ class FixedSteps:
             return segment.outputs.detach().clone()
         return _Replay.apply(self, self._number, segment.outputs.detach(), *parameters)
 
-    def gradients(self, number: int, versions: list[int], cotangent: Tensor) -> Tensor:
+    def gradients(self, number: int, cotangent: Tensor) -> Tensor:
         """Gradients of all parameters side by side for ``dL/doutputs`` of the segment with a number."""
         if number != self._number or self._pending is None:
             raise RuntimeError(
                 "backward came too late or twice: with cuda_graph a segment is committed by its backward, or when the"
                 " next one begins; add the losses up and call backward once, before the next step or reset"
             )
-        if versions != self.versions():
-            raise RuntimeError("a parameter changed between the step and its backward: call backward first")
         segment, self._pending = self._pending, None
         segment.cotangent.copy_(cotangent)
         segment.backward()
         return segment.gradient.clone()
-
-    def versions(self) -> list[int]:
-        """Version counters of everything that a backward pass reads."""
-        return [source._version for p in self.engine.groups.all for source in p.sources] + [
-            p._version for p in self._others
-        ]
 
     def finish(self) -> None:
         """Commit the last segment if no loss of it came."""
@@ -178,25 +187,49 @@ class FixedSteps:
             self._pending.commit()
             self._pending = None
 
+    def check_agreement(self) -> None:
+        """Report that a replay did not capture what it ran, as far as that has arrived; does not wait for the device.
+
+        Raises:
+            ContractError: once; the influence has moved through the replay already.
+        """
+        if (self._arrived is None or self._arrived.query()) and not bool(self._read_view):
+            self._refuse()
+
     def check(self) -> None:
-        """Report NaN or infinity, once; waits for the device.
+        """Report NaN or infinity, or what :meth:`check_agreement` does, once; waits for the device.
 
         Raises:
             NonFiniteError: if anything since the last check was not finite.
+            ContractError: if a replay did not capture what it ran.
         """
+        if not bool(self.agrees):
+            self._refuse()
         if not bool(self.finite):
             self.finite.fill_(True)
             raise NonFiniteError(self.engine.steps, list(range(self.engine.batch_size)), "a recorded step")
+
+    def _refuse(self) -> None:
+        self.agrees.fill_(True)
+        self._read_view[...] = True
+        raise ContractError(
+            [
+                f"a recorded step before step {self.engine.steps} was not what was captured, and the influence has"
+                " moved through it: rows of the batch influence each other, or update draws random numbers. Build the"
+                " learner without cuda_graph to learn which, and reset all streams"
+            ]
+        )
 
     def _new_segment(self, xs: Tensor) -> _Segment:
         if reason := self._obstacle():
             raise CannotRecord(reason)
         engine, influence = self.engine, self.engine.influence
         segment = _Segment(xs.clone())
-        kept = [t.clone() for t in (influence.core, influence.experts, self.state, self.finite)]
+        changed = (influence.core, influence.experts, self.state, self.finite, self.agrees)
+        kept = [t.clone() for t in changed]
 
         def restore() -> None:
-            for target, source in zip((influence.core, influence.experts, self.state, self.finite), kept, strict=True):
+            for target, source in zip(changed, kept, strict=True):
                 target.copy_(source)
 
         side = torch.cuda.Stream() if xs.is_cuda else None
@@ -205,15 +238,16 @@ class FixedSteps:
         try:
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
-                    self._forward(segment)
+                    self._forward(segment, None)
                     segment.cotangent = torch.zeros_like(segment.outputs)
                     self._backward(segment)
             if side is not None:
                 torch.cuda.current_stream().wait_stream(side)
             if engine.capture.dense:
                 raise CannotRecord(f"{', '.join(sorted(engine.capture.dense))}: their dense immediate Jacobians")
-            halves = (self._forward, self._backward, self._commit)
-            recorded = self.record([functools.partial(half, segment) for half in halves])
+            halves = [functools.partial(self._forward, segment, self.agrees)]
+            halves += [functools.partial(half, segment) for half in (self._backward, self._commit)]
+            recorded = self.record(halves)
             segment.forward, segment.backward, segment.commit = recorded
         except CannotRecord:
             raise
@@ -235,22 +269,35 @@ class FixedSteps:
         return ""
 
     @contextmanager
-    def _effective_weights(self) -> Iterator[None]:
-        """Let parametrized weights be the fixed tensors that hold their values: what makes them is not recorded."""
+    def _fixed_weights(self) -> Iterator[None]:
+        """Let the cell use the copies; for a parametrized weight its value, as what makes it is not recorded."""
         parametrized = [(p, p.module.get_submodule(f"parametrizations.{p.attribute}")) for p in self._parametrized()]
+        owned = [
+            (module._parameters, name, parameter)
+            for module in self.engine.cell.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
         try:
             for p, made_by in parametrized:
                 made_by.forward = lambda p=p: self._effective[p.name]  # type: ignore[method-assign, assignment]
+            with torch.no_grad():
+                for parameters, name, parameter in owned:
+                    parameters[name] = copied = self._copies[id(parameter)]
+                    copied.copy_(parameter)
             yield
         finally:
+            for parameters, name, parameter in owned:
+                parameters[name] = parameter
             for _, made_by in parametrized:
                 vars(made_by).pop("forward", None)
 
-    def _forward(self, segment: _Segment) -> None:
+    def _forward(self, segment: _Segment, agrees: Tensor | None) -> None:
+        """Run and capture; checks clear ``agrees``, and raise where it is None."""
         engine = self.engine
         segment.start = state = self.state.clone().requires_grad_()
-        outputs, entered, routings = [], [], []
-        with torch.enable_grad(), self._effective_weights(), parametrize.cached():
+        outputs, entered, routings, ran = [], [], [], []
+        with torch.enable_grad(), self._fixed_weights(), parametrize.cached():
             segment.leaves = engine.tensors()
             for x in segment.xs:
                 with torch.no_grad():
@@ -260,17 +307,18 @@ class FixedSteps:
                 h_write_new, output = engine.cell.update(
                     x, gather_slots(state, routing.read), gather_slots(state, routing.write), routing
                 )
+                ran.append(h_write_new.detach())
                 state = scatter_slots(state, routing.write, h_write_new.to(state.dtype))
                 outputs.append(output)
             segment.outputs = torch.stack(outputs)
-            segment.steps = engine.capture.steps(segment.xs, entered, routings, segment.leaves)
+            segment.steps = engine.capture.steps(segment.xs, entered, routings, segment.leaves, ran, agrees)
         self.state.copy_(state.detach())
 
     @full_precision
     def _backward(self, segment: _Segment) -> None:
         engine = self.engine
         influence, groups = engine.influence, engine.groups
-        tensors = [segment.start, *segment.leaves, *self._others]
+        tensors = [segment.start, *segment.leaves, *(self._copies[id(p)] for p in self._others)]
         wanted = [t for t in tensors if t.requires_grad]
         found = torch.autograd.grad(segment.outputs, wanted, segment.cotangent, allow_unused=True)
         by_id = {id(t): g for t, g in zip(wanted, found, strict=True) if g is not None}
@@ -326,7 +374,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, steps: FixedSteps, number: int, outputs: Tensor, *parameters: Tensor) -> Tensor:
         """Return the outputs as a new tensor."""
-        ctx.steps, ctx.number, ctx.versions = steps, number, steps.versions()
+        ctx.steps, ctx.number = steps, number
         ctx.shapes = [p.shape for p in parameters]
         return outputs.clone()
 
@@ -335,6 +383,6 @@ class _Replay(torch.autograd.Function):
         """Gradients of the parameters, through the segment and the whole past before it."""
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph=True is not supported: the influence is not differentiable")
-        flat = ctx.steps.gradients(ctx.number, ctx.versions, cotangent)
+        flat = ctx.steps.gradients(ctx.number, cotangent)
         parts = flat.split([shape.numel() for shape in ctx.shapes])
         return None, None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
-from sparse_rtrl.errors import ContractError, NonFiniteError
+from sparse_rtrl.errors import ContractError, DisagreementError, NonFiniteError
 from sparse_rtrl.estimate import check_memory
 from sparse_rtrl.influence import Influence, check_finite
-from sparse_rtrl.jacobian import JacobianCapture, StepJacobian
+from sparse_rtrl.jacobian import (
+    JacobianCapture,
+    StepJacobian,
+    gradients,
+    gradients_of_rows,
+    nearby,
+    refuse_untracked,
+    without_hooks,
+)
 from sparse_rtrl.parameters import ParameterGroups
+from sparse_rtrl.parametrized import make_picklable
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.precision import full_precision
 from sparse_rtrl.slot_cell import Routing, SlotCell
 from sparse_rtrl.slot_moe_pass import FusedSteps, SlotMoePass
+from sparse_rtrl.verify import Verifier, Verify, tolerance_of
+
+Capture: TypeAlias = Literal["auto", "dense"]
+"""How Jacobians are captured: as factors where that is possible, or by dense backward passes."""
 
 
 class Engine:
@@ -29,6 +44,8 @@ class Engine:
         buffer: segments kept for sleeping experts, or ``"auto"``.
         catch_up: how sleeping experts catch up, see :class:`~sparse_rtrl.influence.Influence`.
         backend: what computes, see :func:`sparse_rtrl.ops.select`.
+        capture: how Jacobians are captured.
+        verify: which captures are compared with an ordinary backward pass, see :class:`~sparse_rtrl.verify.Verifier`.
 
     Raises:
         ContractError: if the cell has modules that couple the rows of a batch or draw random numbers.
@@ -42,11 +59,19 @@ class Engine:
         buffer: int | Literal["auto"],
         catch_up: CatchUp,
         backend: ops.Backend = "auto",
+        capture: Capture = "auto",
+        verify: Verify = "sample",
     ) -> None:
         if not isinstance(cell, SlotCell):
             raise TypeError(f"cell must be a SlotCell, got {type(cell).__name__}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if capture not in get_args(Capture):
+            raise ValueError(f"capture must be one of {get_args(Capture)}, got {capture!r}")
+        if lazy := [name for name, p in cell.named_parameters() if isinstance(p, UninitializedParameter)]:
+            raise ValueError(
+                f"cell has parameters whose shape is not known yet: {', '.join(lazy)}. Run the cell once before"
+            )
         refused = [
             f"{name or type(module).__name__} ({type(module).__name__}) {why}"
             for name, module in cell.named_modules()
@@ -54,15 +79,16 @@ class Engine:
         ]
         if type(cell).forward is not SlotCell.forward:
             refused.append(f"{type(cell).__name__} overrides forward, which a learner does not call; override update")
-        if cell.initial_state(batch_size).requires_grad:
-            refused.append("initial_state requires a gradient: a trained initial state is not carried; detach it")
         if refused:
             raise ContractError(refused)
+        make_picklable(cell)
         self.cell = cell
         self.batch_size = batch_size
         self.buffer: int | Literal["auto"] = buffer
         self.catch_up = catch_up
         self.backend: ops.Backend = backend
+        self.capture_by: Capture = capture
+        self.verifier = Verifier(verify)
         self.steps = 0
         self._build()
 
@@ -80,8 +106,10 @@ class Engine:
         like = tensors[0]
         check_memory(self.groups, self.cell.hidden_size, self.batch_size, like)
         self.dtype, self.device = like.dtype, like.device
-        self.capture = JacobianCapture(self.cell, self.groups)
-        self.fused = SlotMoePass.of_cell(self.cell, self.groups, self.backend, like.device, like.dtype)
+        self.capture = JacobianCapture(self.cell, self.groups, self.capture_by == "dense")
+        self.fused = None
+        if self.capture_by == "auto":
+            self.fused = SlotMoePass.of_cell(self.cell, self.groups, self.backend, like.device, like.dtype)
         self.influence = Influence(
             self.groups,
             self.batch_size,
@@ -127,8 +155,79 @@ class Engine:
         self._build()
         self.influence.adopt(old)
 
+    def initial_state(self) -> Tensor:
+        """State that the streams start from now, ``(B, S, D)``, with its graph.
+
+        Raises:
+            ContractError: if it has another shape.
+        """
+        with torch.enable_grad():
+            state = self.cell.initial_state(self.batch_size)
+        expected = (self.batch_size, self.cell.num_slots, self.cell.slot_size)
+        if not isinstance(state, Tensor) or tuple(state.shape) != expected:
+            got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ContractError([f"initial_state must return a tensor {expected}, got {got}"])
+        return state
+
+    @full_precision
+    def begin(self, streams: Tensor) -> Tensor:
+        """Let streams start: their influence becomes that of their initial state, ``P = dh_0/dθ``.
+
+        Args:
+            streams: boolean mask ``(B,)``.
+
+        Returns:
+            The initial state of all streams, ``(B, S, D)``, detached.
+
+        Raises:
+            ContractError: if it depends on a trainable tensor that is not carried.
+        """
+        with parametrize.cached(), torch.enable_grad(), without_hooks(self.groups):
+            tensors = self.checked_tensors()
+            initial = self.initial_state()
+            if initial.requires_grad:
+                self.influence.begin(streams, *self._initial_influence(initial, tensors))
+        return initial.detach().to(self.dtype)
+
+    def _initial_influence(self, initial: Tensor, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Jacobian of the initial state: core ``(B, H, N_core)``, experts ``(B, E, H, N_expert)``."""
+        refuse_untracked(initial, tensors, self.cell)
+        batch, hidden = self.batch_size, self.cell.hidden_size
+        wanted = [t for t in tensors if t.requires_grad]
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        cotangent = torch.randn(initial.shape, generator=generator, dtype=torch.float64).to(initial)
+        truth = gradients(initial, wanted, cotangent, retain_graph=True)
+        rows = gradients_of_rows(self.cell.initial_state(1), wanted, 1)
+        v = cotangent.flatten(1).sum(0)
+        alike = [None if row is None else torch.tensordot(v, row[0], 1) for row in rows]
+        largest = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
+        least = tolerance_of(initial.dtype) * largest
+        if any(
+            (g is None) != (a is None) or (g is not None and a is not None and float((g - a).abs().max()) > least)
+            for g, a in zip(truth, alike, strict=True)
+        ):  # each stream has its own
+            rows = gradients_of_rows(initial, wanted, batch)
+        by_id = {id(t): row for t, row in zip(wanted, rows, strict=True)}
+        core = self.influence.core.new_zeros(batch, hidden, self.groups.core_columns)
+        experts = core.new_zeros(batch, self.groups.num_experts, hidden, self.groups.expert_columns)
+        for parameter, tensor in zip(self.groups.all, tensors, strict=True):
+            row = by_id.get(id(tensor))
+            if row is None:
+                continue
+            if parameter.expert:  # (B, H, E, *shape)
+                experts[..., parameter.columns] = row.flatten(3).transpose(1, 2)
+            else:
+                core[..., parameter.columns] = row.flatten(2)
+        return core, experts
+
     def steps_of(
-        self, xs: Tensor, states: list[Tensor], routings: list[Routing], tensors: list[Tensor], number: int
+        self,
+        xs: Tensor,
+        states: list[Tensor],
+        routings: list[Routing],
+        tensors: list[Tensor],
+        ran: list[Tensor],
+        number: int,
     ) -> list[StepJacobian]:
         """Capture consecutive steps and check that their Jacobians are finite. Changes nothing.
 
@@ -137,19 +236,30 @@ class Engine:
             states: state that entered each step, ``(B, S, D)``, detached.
             routings: what each step touched.
             tensors: from :meth:`checked_tensors`.
+            ran: new content of the written slots of each step, ``(B, kw, D)``, detached.
             number: number of the first step, for messages.
 
         Returns:
             State Jacobian and factored immediate Jacobians of each step.
 
         Raises:
+            ContractError: if a step cannot be carried exactly, see :meth:`JacobianCapture.step`.
+            DisagreementError: if a step was compared with an ordinary backward pass and disagrees.
             NonFiniteError: if a Jacobian holds NaN or infinity.
         """
-        steps = self.capture.steps(xs, states, routings, tensors)
+        steps = self.capture.steps(xs, states, routings, tensors, ran)
         totals = [value.sum() for step in steps for value in (step.Jh, step.core.delta, step.expert.delta)]
         if not bool(torch.isfinite(torch.stack(totals).sum())):
             for position, step in enumerate(steps):
                 self._raise_non_finite(step, tensors, number + position)
+        if self.verifier.due():
+            t = self.verifier.choose(len(steps))
+            try:
+                self.capture.compare(steps[t], xs[t], states[t], routings[t], tensors, self.verifier, number + t)
+            except DisagreementError:  # at a kink rounding alone may do that: once more from states nearby
+                near = [nearby(state) for state in states]
+                again = self.capture.steps(xs, near, routings, tensors, None)
+                self.capture.compare(again[t], xs[t], near[t], routings[t], tensors, self.verifier, number + t)
         return steps
 
     def check_fused(self, steps: FusedSteps, state: Tensor, tensors: list[Tensor]) -> None:
@@ -167,10 +277,6 @@ class Engine:
                 self._check_parameters(steps.routings[position], tensors, self.steps + position)
                 for value in values:
                     check_finite(self.steps + position, {"the new state": value})
-
-    def step(self, x: Tensor, state: Tensor, routing: Routing, tensors: list[Tensor], number: int) -> StepJacobian:
-        """Capture one step, as :meth:`steps_of` does for several; ``x (B, ...)``."""
-        return self.steps_of(x.unsqueeze(0), [state], [routing], tensors, number)[0]
 
     def check_new_state(self, state: Tensor, routing: Routing, tensors: list[Tensor], number: int) -> None:
         """Check that the state after step ``number`` is finite.
@@ -225,7 +331,12 @@ class Engine:
             torch.autograd.backward(tensor, gradient)
 
     def flush(self) -> None:
-        """Add to ``.grad`` what sleeping experts are owed and every loss row that was not handed out yet."""
+        """Add to ``.grad`` what sleeping experts are owed and every loss row that was not handed out yet.
+
+        Raises:
+            DisagreementError: if a comparison on a CUDA device found one; nothing is added then.
+        """
+        self.verifier.settle()
         owed = self.influence.flush()
         if owed is not None:
             self.add_to_grad(*owed)
@@ -234,8 +345,8 @@ class Engine:
         """A mask of streams ``(B,)`` on the engine's device, see :func:`checked_mask`."""
         return checked_mask(streams, self.batch_size, self.device)
 
-    def check_routing(self, routing: Routing) -> None:
-        """Check that a routing is well formed.
+    def checked_routing(self, routing: Routing) -> Routing:
+        """A copy of a routing, which may be a view of what the caller reuses, after checking that it is well formed.
 
         Raises:
             ContractError: on wrong shapes or dtypes, and on duplicate or out-of-range indices.
@@ -256,6 +367,7 @@ class Engine:
                     raise ContractError(
                         [f"routing.{name} must lie in 0 ... {owner} - 1 = {size - 1}, got {row} in stream {stream}"]
                     )
+        return Routing(routing.read.clone(), routing.write.clone(), routing.experts.clone())
 
 
 def checked_mask(streams: Tensor | None, batch_size: int, device: torch.device) -> Tensor:
@@ -278,6 +390,8 @@ def refusals(module: nn.Module) -> list[str]:
         return ["couples the rows of the batch in training; use a norm per row, or eval()"]
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
         return ["draws random numbers in training, so a captured step is not the step that ran; remove it, or eval()"]
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        return ["has sparse gradients, which cannot be carried; use sparse=False"]
     return []
 
 

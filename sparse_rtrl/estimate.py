@@ -90,7 +90,8 @@ class DiagonalEstimate:
         batch_size: streams ``B``.
         hidden_size: state entries of one stream.
         recurrent_parameters: trainable parameters that reach the state, in real numbers.
-        influence_numbers: numbers kept per stream, complex ones counted twice, by value of ``project``.
+        influence_numbers: numbers kept per stream, complex ones counted twice, by value of ``project``, and for the
+            initial state if it is trained.
         influence_bytes: ``itemsize * B`` times their sum, constant in the length of the stream.
         bptt_bytes_per_step: bytes that one step of BPTT saves for its backward pass, measured on one step.
         break_even_length: length from which BPTT needs more memory than the influence.
@@ -120,15 +121,18 @@ class DiagonalEstimate:
 
 def estimate_diagonal(cell: DiagonalCell, batch_size: int) -> DiagonalEstimate:
     """Work out the costs of :class:`~sparse_rtrl.RTRL` for a diagonal cell, see :func:`estimate`."""
-    like = cell.initial_entries(1)
+    like = cell.zero_entries(1)
     with torch.enable_grad():
         projections = cell.project(cell.zero_rows(1))
+        initial = cell.initial_entries(batch_size)
     real_numbers = 2 if like.is_complex() else 1
     numbers = tuple(
         layout.rows[0] * layout.rows[1] * projection.columns * real_numbers
         for layout, projection in zip(find_layouts(cell), projections, strict=True)
         if layout is not None and any(tensor.requires_grad for tensor in projection.tensors)
     )
+    if initial.requires_grad:
+        numbers += (cell.hidden_size * real_numbers,)
     item = like.element_size() // real_numbers
     saved = _saved_bytes(cell, cell.zero_rows(batch_size)[:, : cell.input_size], batch_size)
     needed = item * batch_size * sum(numbers)

@@ -22,7 +22,16 @@ def expert_linear(z: Tensor, weight: Tensor, bias: Tensor | None, experts: Tenso
 
     Returns:
         Outputs ``(B, k, ..., out_features)``.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
     """
+    if experts.dim() != 2 or z.dim() < 3 or z.shape[:2] != experts.shape or z.shape[-1] != weight.shape[-1]:
+        expected = f"({', '.join(map(str, experts.shape))}, ..., {weight.shape[-1]})"
+        raise ValueError(
+            f"z must have shape {expected}, one input per stream and active expert, for experts (B, k) ="
+            f" {tuple(experts.shape)}; got {tuple(z.shape)}"
+        )
     if has_torch_function((z, weight)):
         return handle_torch_function(expert_linear, (z, weight), z, weight, bias, experts)
     batch, k = experts.shape

@@ -2,7 +2,7 @@
 
 A map ``y = W z`` of a tracked parameter is evaluated with the parameter detached, and ``y`` is recorded. Once
 ``dh[write]/dy`` is known, the immediate Jacobian of ``W`` is ``F[i, (m, j)] = sum_τ delta[i, τ, m] z[τ, j]``. Any other
-differentiable use of a parameter is noted, and sends that parameter down the dense path.
+differentiable use leaves the parameter itself in the graph, where a gradient with respect to it is found.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sparse_rtrl.expert_bank import expert_linear
 from sparse_rtrl.parameters import RecurrentParameter
 
 Piece: TypeAlias = tuple[RecurrentParameter, Tensor, Tensor | None]
-"""A parameter, its ``delta`` (core ``(B, w, τ, m)``, expert ``(B, k, w, τ, m)``) and its ``z`` (core ``(B, τ, j)``,
-expert ``(B, k, τ, j)``; None for ``z = 1``)."""
+"""A parameter, its ``delta`` (core ``(B, c, τ, m)``, expert ``(B, k, c, τ, m)``, with ``c`` copies of a stream) and its
+``z`` (core ``(B, τ, j)``, expert ``(B, k, τ, j)``; None for ``z = 1``)."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Use:
 
     Attributes:
         parameters: the recurrent parameters it used.
-        y: its output, to be differentiated; ``(B * w, ...)``.
+        y: its output, to be differentiated; ``(B * c, ...)``.
         version: version counter of ``y`` when it was recorded; a later in-place change invalidates the record.
         build: from ``dh/dy``, of the shape of ``y``, to a piece per parameter.
     """
@@ -50,24 +50,24 @@ def _untracked(tensor: Tensor | None) -> Tensor | None:
 class FactorCapture(TorchFunctionMode):
     """Replaces known maps of tracked parameters by detached ones and records their outputs.
 
-    A parameter that is used in any other differentiable way is noted in ``dense`` and takes the dense path.
-
     Attributes:
         tracked: recurrent parameters by the identity of the tensor that the cell uses.
         batch: streams ``B``.
-        width: copies of each stream, ``w``.
+        copies: copies of each stream, ``c``.
         experts: active experts ``(B, k)``.
-        repeated_experts: the same for every copy, ``(B * w, k)``.
+        repeated_experts: the same for every copy, ``(B * c, k)``.
         dense: names of the parameters that take the dense path.
+        coarsest: the dtype of least precision that was computed in.
         uses: recognised calls, in order.
     """
 
     tracked: dict[int, RecurrentParameter]
     batch: int
-    width: int
+    copies: int
     experts: Tensor
     repeated_experts: Tensor
     dense: set[str]
+    coarsest: torch.dtype
     uses: list[Use] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,9 +83,8 @@ class FactorCapture(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        found = [self.tracked[key] for key in _ids_in(args, kwargs) if key in self.tracked]
-        if found and any(r.requires_grad for r in _tensors_in(result)):
-            self.dense.update(parameter.name for parameter in found)
+        if isinstance(result, Tensor) and result.dtype != self.coarsest:
+            self.coarsest = coarser(self.coarsest, result.dtype)
         return result
 
     def find(self, tensor: Tensor | None) -> RecurrentParameter | None:
@@ -100,6 +99,7 @@ class FactorCapture(TorchFunctionMode):
         build: Callable[[Tensor], list[Piece]],
     ) -> Tensor:
         """Note a recognised call, and return its output."""
+        self.coarsest = coarser(self.coarsest, y.dtype)
         if not y.requires_grad:
             y.requires_grad_()
         self.uses.append(Use(tuple(p for p in parameters if p is not None), y, y._version, build))
@@ -107,39 +107,24 @@ class FactorCapture(TorchFunctionMode):
 
     def one_row_each(self, z: Tensor) -> bool:
         """Whether the first dimension of an input can be the copies of the streams."""
-        return z.dim() >= 2 and z.shape[0] == self.batch * self.width
+        return z.dim() >= 2 and z.shape[0] == self.batch * self.copies
 
     def per_row(self, delta: Tensor) -> Tensor:
-        """``dh/dy (B * w, ..., m)`` as ``(B, w, τ, m)``."""
-        return delta.reshape(self.batch, self.width, -1, delta.shape[-1])
+        """``dh/dy (B * c, ..., m)`` as ``(B, c, τ, m)``."""
+        return delta.reshape(self.batch, self.copies, -1, delta.shape[-1])
 
     def once(self, z: Tensor) -> Tensor:
-        """``z (B * w, ..., j)``, equal in the ``w`` copies of a stream, as ``(B, τ, j)``."""
-        first = z.detach().unflatten(0, (self.batch, self.width))[:, 0]
-        # A copy: a view would keep all w copies alive as long as the captured step.
+        """``z (B * c, ..., j)``, equal in the ``c`` copies of a stream, as ``(B, τ, j)``."""
+        first = z.detach().unflatten(0, (self.batch, self.copies))[:, 0]
+        # A copy: a view would keep all c copies alive as long as the captured step.
         return first.reshape(self.batch, -1, z.shape[-1]).clone()
 
 
-def _ids_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """Identities of the arguments of a call and of the items of its lists and tuples; runs at every torch call."""
-    ids = [id(a) for a in args]
-    for a in args:
-        if type(a) is tuple or type(a) is list:
-            ids += _ids_in(tuple(a), {})
-    if kwargs:
-        ids += _ids_in(tuple(kwargs.values()), {})
-    return ids
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    """Tensors in a nest of tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [t for item in value for t in _tensors_in(item)]
-    if isinstance(value, dict):
-        return [t for item in value.values() for t in _tensors_in(item)]
-    return []
+def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """The floating-point dtype of less precision of two; a dtype of integers does not count."""
+    if not other.is_floating_point or torch.finfo(other).eps <= torch.finfo(one).eps:
+        return one
+    return other
 
 
 def flat_row(delta: Tensor) -> Tensor:
@@ -173,7 +158,7 @@ def _lost(parameter: RecurrentParameter | None, tensor: Tensor | None) -> bool:
 
 
 def _normalised(capture: FactorCapture, x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``x_hat * weight + bias``, element-wise, recorded; ``x_hat (B * w, ..., *weight.shape)``."""
+    """``x_hat * weight + bias``, element-wise, recorded; ``x_hat (B * c, ..., *weight.shape)``."""
     p_weight, p_bias = capture.find(weight), capture.find(bias)
     y = x_hat if weight is None else x_hat * weight.detach()
     if bias is not None:
@@ -185,7 +170,7 @@ def _normalised(capture: FactorCapture, x_hat: Tensor, weight: Tensor | None, bi
         out: list[Piece] = []
         for parameter, value in ((p_weight, grad * x_hat.detach()), (p_bias, grad)):
             if parameter is not None:
-                per_entry = value.reshape(capture.batch, capture.width, -1, parameter.shape.numel())
+                per_entry = value.reshape(capture.batch, capture.copies, -1, parameter.shape.numel())
                 out.append((parameter, per_entry.sum(2, keepdim=True), None))
         return out
 
@@ -217,7 +202,7 @@ def _rms_norm(
 
 def _embedding(capture: FactorCapture, index: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     parameter = capture.find(weight)
-    if parameter is None or index.dim() < 1 or index.shape[0] != capture.batch * capture.width or args:
+    if parameter is None or index.dim() < 1 or index.shape[0] != capture.batch * capture.copies or args:
         return NotImplemented
     if any(kwargs.get(name) for name in ("scale_grad_by_freq", "sparse", "max_norm")):
         return NotImplemented
@@ -226,9 +211,9 @@ def _embedding(capture: FactorCapture, index: Tensor, weight: Tensor, *args: Any
     y = F.embedding(index, weight.detach())
 
     def build(grad: Tensor) -> list[Piece]:
-        delta = capture.per_row(grad)  # (B, w, τ, d)
-        rows = index.reshape(capture.batch, capture.width, -1, 1).expand_as(delta)
-        dense = delta.new_zeros(capture.batch, capture.width, *weight.shape).scatter_add_(2, rows, delta)
+        delta = capture.per_row(grad)
+        rows = index.reshape(capture.batch, capture.copies, -1, 1).expand_as(delta)
+        dense = delta.new_zeros(capture.batch, capture.copies, *weight.shape).scatter_add_(2, rows, delta)
         return [(parameter, flat_row(dense), None)]
 
     return capture.record((parameter,), y, build)
@@ -242,15 +227,15 @@ def _expert_linear(capture: FactorCapture, z: Tensor, weight: Tensor, bias: Tens
         return NotImplemented
     if experts is not capture.repeated_experts and not torch.equal(experts, capture.repeated_experts):
         return NotImplemented
-    batch, width, k = capture.batch, capture.width, experts.shape[1]
-    # One product per stream and expert serves all w copies of the stream.
+    batch, copies, k = capture.batch, capture.copies, experts.shape[1]
+    # One product per stream and expert serves all copies of the stream.
     positions = z.shape[2:-1].numel()
-    inputs = z.reshape(batch, width, k, positions, z.shape[-1]).transpose(1, 2)  # (B, k, w, τ, j)
+    inputs = z.reshape(batch, copies, k, positions, z.shape[-1]).transpose(1, 2)  # (B, k, c, τ, j)
     y = expert_linear(inputs, weight.detach(), _untracked(bias), capture.experts)
     y = y.transpose(1, 2).reshape(*z.shape[:-1], weight.shape[1])
 
     def build(grad: Tensor) -> list[Piece]:
-        delta = grad.reshape(batch, width, k, positions, grad.shape[-1]).transpose(1, 2)  # (B, k, w, τ, m)
+        delta = grad.reshape(batch, copies, k, positions, grad.shape[-1]).transpose(1, 2)  # (B, k, c, τ, m)
         out: list[Piece] = []
         if p_weight is not None:
             out.append((p_weight, delta, inputs.detach()[:, :, 0].clone()))

@@ -97,11 +97,13 @@ class GraphCapture:
             cotangents = eye.unsqueeze(1).expand(-1, batch, -1)
         count = len(cotangents)
         uses, dense = self._uses(parameters, graph, batch)
+        inputs = [*([] if entry is None else [entry]), *(GradientEdge(use.node, 0) for use in uses)]
         coefficients = self._coefficients_for(batch, count, end)
         probe = torch.einsum("bn,nbh->bh", coefficients, cotangents)
-        rows = torch.cat((cotangents, probe.unsqueeze(0)))
-        inputs = [*([] if entry is None else [entry]), *(GradientEdge(use.node, 0) for use in uses)]
-        found = _batched_grad(end, inputs, rows, graph)
+        found = _batched_grad(end, inputs, torch.cat((cotangents, probe.unsqueeze(0))), graph)
+        if _overflows(found):  # half precision has no room for large probes
+            coefficients, probe = coefficients / PROBE_SCALE, probe / PROBE_SCALE
+            found = _batched_grad(end, inputs, torch.cat((cotangents, probe.unsqueeze(0))), graph)
         tolerance = Tolerance(end, found, graph)
         J = end.new_zeros(batch, count, hidden)
         if entry is not None and found[0] is not None:
@@ -350,6 +352,12 @@ class Tolerance:
             self._dtypes |= self._graph.floating_dtypes()
             self._relative = self._of_dtypes()
         return error <= self._relative
+
+
+def _overflows(found: list[Tensor | None]) -> bool:
+    """Whether gradients of the probe, the last row, are not finite where those of the other rows are."""
+    given = [g for g in found if g is not None and g.dtype not in (torch.float32, torch.float64)]
+    return any(bool(torch.isfinite(g[:-1].sum()) & ~torch.isfinite(g[-1].sum())) for g in given)
 
 
 def _disagreement(rows: Tensor, coefficients: Tensor, tolerance: Tolerance) -> float:

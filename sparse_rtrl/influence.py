@@ -14,7 +14,7 @@ from sparse_rtrl import ops
 from sparse_rtrl.errors import NonFiniteError
 from sparse_rtrl.jacobian import StepJacobian, direct_gradient
 from sparse_rtrl.parameters import ParameterGroups
-from sparse_rtrl.plan import DEFAULT_BUFFER, CatchUp, Plan, forced, plan, planner_built
+from sparse_rtrl.plan import CatchUp, Plan, forced, plan
 from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
@@ -109,8 +109,15 @@ class Influence:
         self._planned_interval = 1.0
         if catch_up == "eager" or not experts:
             self._begin(Plan(eager=True))
-        elif buffer != "auto" and (catch_up != "auto" or not planner_built()):
+        elif buffer != "auto" and catch_up != "auto":
             self._begin(forced(catch_up, buffer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._ops = ops.select(self.backend, self.core.device, self.core.dtype)
 
     def _begin(self, chosen: Plan) -> None:
         """Follow a plan from the current commit on, where every influenced expert is up to date."""
@@ -127,8 +134,6 @@ class Influence:
         return CircularTree(chosen.buffer, *shape, self.core.dtype, self.core.device, chosen.levels, self.backend)
 
     def _make_plan(self, routing: Routing) -> Plan:
-        if not planner_built() and self.catch_up == "auto":
-            return forced("auto", DEFAULT_BUFFER)
         self._planned_interval = self._flush_interval
         return plan(
             num_slots=self.num_slots,
@@ -149,7 +154,7 @@ class Influence:
     def _plan_again(self, routing: Routing) -> None:
         """After a commit: plan again if flushes have become rarer or more frequent than was planned for."""
         interval = max(self._flush_interval, float(self._steps_since_flush))
-        if self.catch_up != "auto" or not planner_built() or not self.groups.num_experts:
+        if self.catch_up != "auto" or not self.groups.num_experts:
             return
         if not self._planned_interval / 3 < interval < 3 * self._planned_interval:
             self._flush_interval = interval
@@ -254,6 +259,32 @@ class Influence:
         self._pay(self.influenced & ~self.awake)
         self._rows_hold_gradients = False
         return self._take_loss_rows(self._every_pair)
+
+    @full_precision
+    def owes(self) -> bool:
+        """Whether :meth:`flush` would add anything but rounding."""
+        if self._rows_hold_gradients and bool(self.core[:, -1].any() or self.experts[:, -1].any()):
+            return True
+        sleeping = self.influenced & ~self.awake
+        if self.tree is None or not bool(sleeping.any()):
+            return False
+        total, paid = self._owed_rows(sleeping)[sleeping], self.handed_out[sleeping]
+        least = 64 * torch.finfo(total.dtype).eps * torch.maximum(total.abs(), paid.abs()).amax(1, keepdim=True)
+        return bool(((total - paid).abs() > least).any())
+
+    @full_precision
+    def begin(self, streams: Tensor, core: Tensor, experts: Tensor) -> None:
+        """Give streams that start anew the influence of their initial state; no step may have been taken since.
+
+        Args:
+            streams: boolean mask ``(B,)``.
+            core: ``dh_0/dθ`` of the core parameters, ``(B, H, N_core)``.
+            experts: that of the experts' parameters, ``(B, E, H, N_expert)``.
+        """
+        self.core[streams, :-1] = core[streams]
+        self.experts.unflatten(0, (self.batch_size, -1))[streams, :, :-1] = experts[streams]
+        self.influenced[streams] = experts[streams].flatten(2).any(2)
+        self.last_update[streams] = self.commits
 
     @full_precision
     def discard(self) -> None:
@@ -419,7 +450,8 @@ class Influence:
                     f" {sizes}, got {tuple(captured['sizes'])}"
                 )
         saved = None if state["plan"] is None else Plan(**state["plan"])
-        if self.catch_up != "auto" and saved is not None and saved.eager != (self.catch_up == "eager"):
+        eager = self.catch_up == "eager" or not self.groups.num_experts
+        if (eager or self.catch_up != "auto") and saved is not None and saved.eager != eager:
             raise ValueError("the state was saved with catch_up='eager' on one side only; use the same catch_up")
         if self.buffer != "auto" and saved is not None and not saved.eager and saved.buffer != self.buffer:
             raise ValueError(f"the state must come from a learner with capacity {self.buffer}, got {saved.buffer}")

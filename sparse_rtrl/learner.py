@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
+from sparse_rtrl.attachment import Attachment
 from sparse_rtrl.cuda_graph import CannotRecord, FixedSteps
 from sparse_rtrl.diagonal_cell import DiagonalCell
-from sparse_rtrl.engine import Engine
+from sparse_rtrl.engine import Capture, Engine
 from sparse_rtrl.entry import EnterSegment
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.estimate import MAX_COMMIT_EVERY, MAX_FUSED_COMMIT_EVERY, choose_commit_every
@@ -22,6 +23,7 @@ from sparse_rtrl.jacobian import StepJacobian
 from sparse_rtrl.plan import CatchUp
 from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 from sparse_rtrl.slot_moe_pass import FusedSegment, FusedSteps, run_without_learning, runs_fused
+from sparse_rtrl.verify import Verify
 
 if TYPE_CHECKING:
     from sparse_rtrl.diagonal_engine import DiagonalEngine
@@ -82,6 +84,15 @@ class RTRL:
             then one segment, committed by its backward or by the next call, whatever ``commit_every`` says, and all
             experts move at every commit (``catch_up="eager"``). NaN and infinity raise at the next :meth:`reset` or
             :meth:`state_dict`, not at once. A cell that cannot be recorded runs without, with a warning that says why.
+            Recorded steps run no backward pass of their own, so ``verify`` does not see them; that what was captured is
+            what ran, and that rows do not influence each other, is read one call late.
+        capture: ``"auto"`` captures Jacobians as factors, in a compiled pass where the cell has one; ``"dense"`` takes
+            each of them by ordinary backward passes, one per stream and written state entry: slow, and right even
+            where a :class:`~sparse_rtrl.errors.DisagreementError` says that the others are not.
+        verify: which calls are compared with an ordinary backward pass: ``"sample"`` (a random one in
+            :data:`~sparse_rtrl.verify.SAMPLE`), ``"always"``, ``"never"``, or an int for one in so many. A fault that
+            shows in every call goes unnoticed for ``k`` calls with probability ``(1 - 1/n)^k``. On a CUDA device the
+            verdict is read by :meth:`flush`, :meth:`reset` and :meth:`state_dict`.
 
     Raises:
         ContractError: if the cell couples the rows of a batch or draws random numbers.
@@ -89,8 +100,14 @@ class RTRL:
         BackendError: if the backend is not there, with the remedy.
     """
 
-    def __new__(cls, cell: nn.Module, *args: Any, **kwargs: Any) -> RTRL:
+    _attachments: tuple[Attachment, ...] = ()
+    _starting: Tensor | None = None
+    """Streams ``(B,)`` bool that take their first step from the initial state next; None if there are none."""
+
+    def __new__(cls, cell: nn.Module | None = None, *args: Any, **kwargs: Any) -> RTRL:
         """A learner of the kind that the cell needs."""
+        if cell is None:  # copied or unpickled
+            return super().__new__(cls)
         if isinstance(cell, DiagonalCell) and cls is RTRL:
             from sparse_rtrl.diagonal_learner import DiagonalRTRL
 
@@ -111,34 +128,51 @@ class RTRL:
         catch_up: CatchUp = "auto",
         backend: ops.Backend = "auto",
         cuda_graph: bool = False,
+        *,
+        capture: Capture = "auto",
+        verify: Verify = "sample",
     ) -> None:
         if commit_every != "auto" and (not isinstance(commit_every, int) or commit_every < 1):
             raise ValueError(f"commit_every must be 'auto' or an int of at least 1, got {commit_every!r}")
         if cuda_graph and catch_up not in ("auto", "eager"):
             raise ValueError(f"catch_up must be 'eager' or 'auto' with cuda_graph=True, got {catch_up!r}")
-        self._options: dict[str, Any] = {"buffer": buffer, "commit_every": commit_every, "catch_up": catch_up}
-        self._options |= {"backend": backend, "cuda_graph": cuda_graph}
         path: CatchUp = "eager" if cuda_graph else catch_up
-        self._engine = Engine(cell, batch_size, buffer, path, backend)  # type: ignore[arg-type]
+        self._engine = Engine(cell, batch_size, buffer, path, backend, capture, verify)  # type: ignore[arg-type]
         if cuda_graph and self._engine.device.type != "cuda":
             raise ValueError(f"cuda_graph=True needs a cell on a CUDA device, got one on {self._engine.device}")
         self.commit_every: int | Literal["auto"] = commit_every
-        self._state = self.cell.initial_state(batch_size).detach()
+        self._state, self._starting = self._initial(
+            torch.ones(batch_size, dtype=torch.bool, device=self._engine.device)
+        )
         self._last: tuple[SegmentEntry, Tensor, list[Tensor]] | None = None
         """Entry of the last segment, the state that entered it, and the recurrent tensors that it used."""
         self._routings: list[Routing] = []
+        self._weights: list[Tensor] = []
+        """Copies of the experts' tensors at the last call, where an optimizer that is not attached may change them."""
+        self._paid = False
+        """Whether owed gradients were paid or dropped since the last call."""
         self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RTRL:
-        """A learner of a copy of the cell that stands where this one does; nothing is attached to it.
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what belongs to one process: graphs, recordings, and optimizers attached."""
+        self._settle()
+        kept = {**vars(self), "_last": None, "_attachments": ()}
+        if self._fixed is not None:
+            kept |= {"_fixed": None, "_recorded": True, "_state": self._fixed.state}
+        return kept
 
-        Raises:
-            ValueError: if other parameters are trainable than when the learner was built.
-        """
-        copied = type(self)(copy.deepcopy(self.cell, memo), self.batch_size, **self._options)
-        memo[id(self)] = copied
-        copied.load_state_dict(copy.deepcopy(self.state_dict()))
-        return copied
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The cell may itself be incomplete still, as when it holds its learner: it is not looked at.
+        recorded = state.pop("_recorded", False)
+        vars(self).update(state)
+        if recorded:
+            self._fixed = FixedSteps(self._engine, self._state)
+
+    def __copy__(self) -> RTRL:
+        """A learner of the same cell that stands where this one does, and goes its own way."""
+        cell = self.cell
+        shared = [*cell.modules(), *cell.parameters(), *cell.buffers()]
+        return copy.deepcopy(self, {id(each): each for each in shared})
 
     @property
     def cell(self) -> SlotCell:
@@ -152,8 +186,9 @@ class RTRL:
 
     @property
     def state(self) -> Tensor:
-        """State after the last step, ``(B, S, D)``, detached."""
-        return self._state.detach() if self._fixed is None else self._fixed.state.clone()
+        """A copy of the state after the last step, ``(B, S, D)``."""
+        self._begin()
+        return (self._state if self._fixed is None else self._fixed.state).clone()
 
     @property
     def entry_state(self) -> Tensor:
@@ -218,6 +253,8 @@ class RTRL:
             return fixed
         with parametrize.cached():
             tensors = engine.checked_tensors()
+            self._check_paid(tensors)
+            self._begin()
             if self.commit_every == "auto":
                 with torch.no_grad():
                     routing = engine.cell.route(xs[0], self._state)
@@ -227,19 +264,21 @@ class RTRL:
             entry = SegmentEntry(engine)
             state = EnterSegment.apply(entry, self._state, *tensors)
             run = self._run_fused if engine.fused is not None and engine.fused.usable(tensors) else self._run_captured
-            outputs, captured, new_state = run(xs, state, tensors)
+            outputs, captured, new_state, routings = run(xs, state, tensors)
         engine.influence.make_room(captured[0])
         entry.settle()
         self._last = (entry, self._state, tensors)
         engine.influence.record(captured)
         engine.steps += len(xs)
-        self._state = new_state.detach()
-        self._routings = [routing for part in captured for routing in part.routings]
+        self._state, self._starting = new_state.detach(), None
+        self._routings = routings
         return outputs
 
     def _run_fixed(self, fixed: FixedSteps, xs: Tensor) -> Tensor | None:
         """Replay a segment; None if it cannot be recorded, and from then on nothing is."""
         fixed.finish()
+        fixed.check_agreement()
+        self._begin()
         try:
             outputs = fixed.run(xs, self._engine.checked_tensors())
         except CannotRecord as reason:
@@ -247,44 +286,102 @@ class RTRL:
             self._state, self._fixed = fixed.state, None
             return None
         self._engine.steps += len(xs)
-        self._state = fixed.state
+        self._state, self._starting = fixed.state, None
         return outputs
 
+    def _initial(self, streams: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The initial state, and which of the streams ``(B,)`` bool take that of their first step instead.
+
+        What was drawn at random stays; all else may still change, as weights that are loaded now do.
+        """
+        before = torch.get_rng_state()
+        initial = self._engine.initial_state()
+        drawn = not torch.equal(before, torch.get_rng_state())
+        return initial.detach(), None if drawn and not initial.requires_grad else streams
+
+    def _begin(self) -> None:
+        """Give streams that take their first step next the initial state of now, and its influence."""
+        if self._starting is None:
+            return
+        initial = self._engine.begin(self._starting)
+        self._set_state(torch.where(self._starting.view(-1, 1, 1), initial, self._state))
+
+    def _check_paid(self, tensors: list[Tensor]) -> None:
+        """Notice an optimizer that stepped without what sleeping experts are owed.
+
+        Raises:
+            RuntimeError: once for each time.
+        """
+        engine, deferred = self._engine, self._deferred()
+        for attachment in self._attachments:
+            attachment.watch(deferred)  # experts may have been unfrozen
+        if engine.influence.tree is None or any(attached.pays(deferred) for attached in self._attachments):
+            self._weights = []
+            return
+        now = [t.detach() for t, p in zip(tensors, engine.groups.all, strict=True) if p.expert]
+        same = len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
+        if same:
+            self._paid = False
+            return
+        first, self._weights = not self._weights, [t.clone() for t in now]
+        paid, self._paid = self._paid, False
+        if not first and not paid and engine.influence.owes():
+            raise RuntimeError(
+                "parameters of experts changed while gradients of sleeping experts were owed to them: an optimizer"
+                " stepped without these. Call learner.attach(optimizer) once, or learner.flush() before each step;"
+                " learner.discard() drops them. The learner is as it was, and the next call goes on"
+            )
+
+    def _deferred(self) -> list[nn.Parameter]:
+        """Parameters that gradients can be owed to."""
+        if not isinstance(self._engine, Engine) or self._engine.catch_up == "eager":
+            return []
+        return [source for p in self._engine.groups.expert for source in p.sources]
+
     def _settle(self) -> None:
-        """Let recorded steps commit what they still hold, and report what was not finite."""
+        """Let recorded steps commit what they still hold, and report what was not finite or disagrees."""
+        if isinstance(self._engine, Engine):
+            self._engine.verifier.settle()
         if self._fixed is not None:
             self._fixed.finish()
             self._fixed.check()
 
     def _run_captured(
         self, xs: Tensor, state: Tensor, tensors: list[Tensor]
-    ) -> tuple[list[Tensor], list[StepJacobian], Tensor]:
+    ) -> tuple[list[Tensor], list[StepJacobian], Tensor, list[Routing]]:
         """Run the cell's own code step by step, and capture the Jacobians of the steps."""
         engine = self._engine
-        outputs, entered, routings = [], [], []
+        outputs, entered, routings, ran = [], [], [], []
         for number, x in enumerate(xs, engine.steps):
+            before = state._version
             with torch.no_grad():
-                routing = engine.cell.route(x, state)
-            engine.check_routing(routing)
+                routing = engine.checked_routing(engine.cell.route(x, state))
+            if state._version != before:
+                raise ContractError(["route must not change the state, which it did in place; let it work on a copy"])
             entered.append(state.detach())
             routings.append(routing)
             h_write_new, output = engine.cell.update(
                 x, gather_slots(state, routing.read), gather_slots(state, routing.write), routing
             )
             self._check_update(h_write_new, output, routing)
+            ran.append(h_write_new.detach())
             state = scatter_slots(state, routing.write, h_write_new.to(state.dtype))
             engine.check_new_state(state, routing, tensors, number)
             outputs.append(output)
-        return outputs, engine.steps_of(xs, entered, routings, tensors, engine.steps), state
+        return outputs, engine.steps_of(xs, entered, routings, tensors, ran, engine.steps), state, routings
 
-    def _run_fused(self, xs: Tensor, state: Tensor, tensors: list[Tensor]) -> tuple[Tensor, list[FusedSteps], Tensor]:
+    def _run_fused(
+        self, xs: Tensor, state: Tensor, tensors: list[Tensor]
+    ) -> tuple[Tensor, list[FusedSteps], Tensor, list[Routing]]:
         """Run all steps in one compiled call."""
         engine = self._engine
         assert engine.fused is not None
         steps, slots, new_state = engine.fused.run(xs, state, tensors)
         engine.check_fused(steps, new_state, tensors)
+        if engine.verifier.due():
+            engine.fused.compare(steps, slots, self._state, new_state, tensors, engine.verifier, engine.steps)
         slots = FusedSegment.apply(steps, slots, state, *tensors)
-        return engine.fused.outputs(steps, slots), [steps], new_state
+        return engine.fused.outputs(steps, slots), [steps], new_state, steps.routings
 
     def _check_update(self, h_write_new: Tensor, output: Tensor, routing: Routing) -> None:
         expected = (self.batch_size, routing.write.shape[1], self.cell.slot_size)
@@ -298,21 +395,34 @@ class RTRL:
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call :meth:`flush` before every step of an optimizer.
 
+        The step raises a ``RuntimeError`` instead if ``.grad`` was changed since the backward pass, by clipping or
+        unscaling, while anything is owed.
+
         Returns:
             A handle with ``remove()``.
+
+        Raises:
+            ValueError: for an optimizer that evaluates the loss several times in a step, such as LBFGS.
         """
-        return optimizer.register_step_pre_hook(lambda *_: self.flush())
+        attachment = Attachment(optimizer, self.flush, self._owes, self._deferred())
+        self._attachments = (*self._attachments, attachment)
+        return attachment
+
+    def _owes(self) -> bool:
+        return self._fixed is None and self._engine.influence.owes()
 
     def flush(self) -> None:
         """Add to ``.grad`` what sleeping experts are owed; calling it again adds nothing.
 
         :meth:`attach` calls it before each optimizer step. Call it yourself before you clip or unscale gradients.
         """
+        self._paid = True
         if self._fixed is None:  # else no expert sleeps
             self._engine.flush()
 
     def discard(self) -> None:
         """Drop the gradients that are owed, as ``zero_grad`` drops those in ``.grad``."""
+        self._paid = True
         self._engine.influence.discard()
 
     def reset(self, streams: Tensor | None = None) -> None:
@@ -328,8 +438,11 @@ class RTRL:
         streams = engine.checked_mask(streams)
         self._settle()
         engine.influence.reset(streams)
-        initial = engine.cell.initial_state(engine.batch_size).detach()
+        initial, starting = self._initial(streams)
         self._set_state(torch.where(streams.view(-1, 1, 1), initial, self._state))
+        if self._starting is not None:
+            starting = self._starting & ~streams if starting is None else self._starting | starting
+        self._starting = starting
 
     def _set_state(self, state: Tensor) -> None:
         self._state = state if self._fixed is None else self._fixed.state.copy_(state)
@@ -367,6 +480,7 @@ class RTRL:
     def influence(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every recurrent parameter, ``(B, H, *shape)``, brought up to date."""
         self._settle()
+        self._begin()
         return self._engine.influence.matrices()
 
     def evaluate(self) -> Evaluation:
@@ -386,6 +500,8 @@ class RTRL:
             "state": self._state.clone(),
             "steps": self._engine.steps,
             "commit_every": self.commit_every,
+            "starting": None if self._starting is None else self._starting.clone(),
+            "verifier": self._engine.verifier.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -407,6 +523,11 @@ class RTRL:
             self._engine.influence.commit()  # recorded steps keep no window
         self._engine.steps = state["steps"]
         self.commit_every = state["commit_every"]
+        starting = state.get("starting")
+        self._starting = None if starting is None else starting.to(self._engine.device)
+        if "verifier" in state:
+            self._engine.verifier.load_state_dict(state["verifier"])
+        self._weights, self._paid, self._last = [], False, None
 
 
 def check_learning_input(xs: Tensor, engine: Engine | DiagonalEngine) -> None:

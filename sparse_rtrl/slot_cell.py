@@ -136,8 +136,8 @@ class SlotCell(nn.Module):
             routing: indices to use instead of those of :meth:`route`, for replaying a recorded step.
 
         Returns:
-            Output, an info dict with ``idx_slots_read (B, kr)``, ``idx_slots_write (B, kw)`` and
-            ``idx_experts (B, k)``, and the new state ``(B, S, D)``.
+            Output, an info dict with ``idx_slots_read (B, kr)``, ``idx_slots_write (B, kw)``, ``idx_experts (B, k)``
+            and ``h_next``, the new state detached, and the new state ``(B, S, D)``.
         """
         if torch.is_grad_enabled() and not state.requires_grad and not _is_transformed(state):
             state.requires_grad_()
@@ -147,9 +147,11 @@ class SlotCell(nn.Module):
         h_read = gather_slots(state, routing.read)
         h_write = gather_slots(state, routing.write)
         h_write_new, output = self.update(x, h_read, h_write, routing)
+        new = scatter_slots(state, routing.write, h_write_new)
         info = {
             "idx_slots_read": routing.read,
             "idx_slots_write": routing.write,
             "idx_experts": routing.experts,
+            "h_next": new.detach(),
         }
-        return output, info, scatter_slots(state, routing.write, h_write_new)
+        return output, info, new

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from sparse_rtrl import ops
 from sparse_rtrl.cells.slot_moe import SlotMoECell
+from sparse_rtrl.errors import ContractError
 from sparse_rtrl.expert_bank import ExpertBank
+from sparse_rtrl.jacobian import DISAGREEMENT, nearby, without_hooks
 from sparse_rtrl.parameters import ParameterGroups
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import GroupFactors, Segment
-from sparse_rtrl.slot_cell import Routing, SlotCell
+from sparse_rtrl.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
+from sparse_rtrl.verify import OTHER_STREAMS, STATE, Verifier, tolerance_of
 
 _CORE = (
     "slot_table",
@@ -45,6 +48,8 @@ _WEIGHTS = (
 )
 """Weights in the order of the operations."""
 _METHODS = {"forward", "route", "transition", "update", "output"}
+COMPARED = 4
+"""Most steps of a call that are compared with the cell's own code."""
 _TOGETHER = 2**14
 """Steps of streams that are evaluated in one call; what the operation keeps for a backward pass grows with it."""
 
@@ -179,6 +184,8 @@ class SlotMoePass:
         starts = {p.name: p.start for p in groups.all}
         self.columns = [starts[name] for name in (*_CORE, *_EXPERT)]
         self.sizes = _sizes(cell)
+        order = ("slot_table", "query_token.weight", "key_value.weight", "control.weight", "core.weight", _EXPERT[0])
+        self._order = [p for name in order for p in groups.all if p.name == name]
         self._place = {p.name: number for number, p in enumerate(groups.all)}
         self._copied: list[Tensor] = []
 
@@ -200,6 +207,9 @@ class SlotMoePass:
             tensors: the tensors the cell uses for its recurrent parameters, in the order of ``groups.all``.
         """
         cell = self.cell
+        modules = (cell, cell.query_token, cell.key_value, cell.control, cell.core, cell.experts)
+        if any(p.module is not module for p, module in zip(self._order, modules, strict=True)):
+            return False  # a module was replaced
         return _as_written(cell) and _sizes(cell) == self.sizes and all(t.requires_grad for t in tensors)
 
     @torch.no_grad()
@@ -223,6 +233,95 @@ class SlotMoePass:
         )
         inputs = xs.to(saved.dtype, memory_format=torch.contiguous_format, copy=True)  # the caller may reuse its buffer
         return FusedSteps(self, inputs, saved, index, self._copies(weights)), slots, new_state
+
+    def compare(
+        self,
+        steps: FusedSteps,
+        slots: Tensor,
+        state: Tensor,
+        new_state: Tensor,
+        tensors: list[Tensor],
+        verifier: Verifier,
+        number: int,
+    ) -> None:
+        """Compare some of the steps of a call with the cell's own ``update`` and an ordinary backward pass.
+
+        Args:
+            steps: the call, from :meth:`run`.
+            slots: the slots that its outputs look at, from :meth:`run`.
+            state: state that entered it, ``(B, S, D)``.
+            new_state: state after it.
+            tensors: as for :meth:`run`.
+            verifier: draws the cotangent and judges.
+            number: number of the first step, for messages.
+
+        Raises:
+            DisagreementError: if the gradients disagree.
+            ContractError: if the states or outputs do.
+        """
+        try:
+            self._compare(steps, slots, state, new_state, tensors, verifier, number)
+        except ContractError:  # at a kink rounding alone may do that: once more from a state nearby
+            state = nearby(state.detach())
+            steps, slots, new_state = self.run(steps.inputs, state, tensors)
+            self._compare(steps, slots, state, new_state, tensors, verifier, number)
+
+    def _compare(
+        self,
+        steps: FusedSteps,
+        slots: Tensor,
+        state: Tensor,
+        new_state: Tensor,
+        tensors: list[Tensor],
+        verifier: Verifier,
+        number: int,
+    ) -> None:
+        count, read = min(steps.count, COMPARED), self.sizes[1]
+        first = verifier.choose(steps.count - count + 1)
+        part = replace(
+            steps, **{name: getattr(steps, name)[first : first + count] for name in ("inputs", "saved", "index")}
+        )
+        states = [state.detach()]
+        for routing, content in zip(steps.routings, slots, strict=True):
+            states.append(scatter_slots(states[-1], routing.write, content[:, read:]))
+        before, after = states[first], states[first + count]
+        with torch.enable_grad(), without_hooks(self.groups):
+            h = entry = before.clone().requires_grad_()
+            outputs, looked_at = [], []
+            for x, routing in zip(part.inputs, part.routings, strict=True):
+                h_read = gather_slots(h, routing.read)
+                h_new, output = self.cell.update(x, h_read, gather_slots(h, routing.write), routing)
+                h = scatter_slots(h, routing.write, h_new)
+                outputs.append(output)
+                looked_at.append(torch.cat((h_read, h_new), 1))
+            value = torch.cat([h.flatten(1), torch.stack(looked_at, 1).flatten(1)], 1)
+            stream, cotangent = verifier.cotangent(value)
+            of_entry, *truth = torch.autograd.grad(value, [entry, *tensors], cotangent, allow_unused=True)
+        tolerance = tolerance_of(h.dtype)
+        with torch.no_grad():
+            own = self.outputs(part, slots[first : first + count])
+        pairs = [("state", new_state, states[-1]), ("state", after, h.detach())]
+        for what, mine, its in (*pairs, ("output", own, torch.stack(outputs).detach())):
+            if float((mine - its).abs().max()) > tolerance * max(1.0, float(its.abs().max())):
+                raise ContractError(
+                    [
+                        f"steps {number + first} to {number + first + count - 1}: the compiled pass gives another"
+                        f" {what} than update. capture='dense' runs the cell's own code"
+                    ]
+                )
+        hidden = self.cell.hidden_size
+        v, of_slots = cotangent[:, :hidden].clone(), cotangent[:, hidden:]
+        core = v.new_zeros(self.groups.core_columns)
+        experts = v.new_zeros(self.groups.num_experts, self.groups.expert_columns)
+        shape = (len(v), count, *slots.shape[2:])
+        pull_back_steps_([part], v, core, experts, of_slots.reshape(shape).transpose(0, 1).contiguous())
+        found = {p.name: g for p, g in zip(self.groups.all, self.groups.split(core, experts), strict=True)}
+        expected: dict[str, Tensor | None] = dict(zip(found, truth, strict=True))
+        others = [b for b in range(len(v)) if b != stream]
+        assert of_entry is not None
+        for name, rows in ((STATE, [stream]), (OTHER_STREAMS, others)):
+            found[name], expected[name] = v[rows], of_entry.flatten(1)[rows]
+        verifier.compare(number + first, stream, found, expected, tolerance, DISAGREEMENT)
 
     def outputs(self, steps: FusedSteps, slots: Tensor) -> Tensor:
         """Outputs ``(n, B, output_size)`` of steps from the slots they look at, see :meth:`run`."""

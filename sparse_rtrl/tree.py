@@ -144,6 +144,13 @@ class CircularTree:
         self._count = torch.zeros((), dtype=torch.int64, device=self.device)
         self._rings: Rings = ([], [], [], [])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_ops"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._ops = ops.select(self.backend, self.device, self.dtype)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the nodes; zero before the first append."""

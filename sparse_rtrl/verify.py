@@ -73,6 +73,10 @@ class Verifier:
             drawn = int(torch.randint(self._one_in, (), generator=self._generator)) == 0
         return drawn or hooked
 
+    def choose(self, count: int) -> int:
+        """Draw one of ``count`` steps."""
+        return int(torch.randint(count, (), generator=self._generator))
+
     def cotangent(self, state: Tensor) -> tuple[int, Tensor]:
         """A randomly chosen stream, and a random cotangent that is zero for all others.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import bptt, cotangents, gradients_of, inputs, worst_error
 
-from sparse_rtrl import BlockRTRL, ContractError, NonFiniteError, SlotMoECell, get_expert_latent_activated, ops
+from sparse_rtrl import BlockRTRL, ContractError, NonFiniteError, Routing, SlotMoECell, get_expert_latent_activated, ops
 from sparse_rtrl.errors import BackendError
 
 
@@ -126,7 +126,8 @@ def test_errors():
     for arguments, error, message in (
         ((h_t, out.sum(), active, read[1:], write), ContractError, "read_idx must hold"),
         ((h_t, out.sum(), active, read, write[:-1]), ContractError, "write_idx must hold"),
-        ((h_t, out.sum(), ["core.weight"], read, write), ContractError, "active_params must name"),
+        ((h_t, out.sum(), ["core.weight"], read, write, info), ContractError, "active_params must name"),
+        ((h_t, out.sum(), list(active), read, write), ValueError, "info must be the dict .* got None"),
         ((h_t[:1], out.sum(), active, read, write), ValueError, "h_t must have shape"),
         ((h_t, out.sum().detach(), active, read, write), ValueError, "loss must depend"),
         ((h_t.detach(), out.sum(), active, read, write), ValueError, "the very tensor"),
@@ -181,3 +182,96 @@ def test_freezing_a_parameter_in_mid_stream_and_an_empty_state():
     assert fresh.state_dict() is state  # not yet used, not lost
     rtrl.load_state_dict({})
     assert rtrl.influence() == {}
+
+
+def noisy(cell):
+    """Let a router draw: what it would choose when it is asked again is something else."""
+    route, generator = cell.route, torch.Generator().manual_seed(0)
+
+    def drawn(x, state):
+        routing = route(x, state)
+        return Routing(routing.read, routing.write, torch.rand(len(x), 5, generator=generator).topk(2, 1).indices)
+
+    cell.route = drawn
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_router_that_draws_is_not_asked_again(passed):
+    cell, x, c = model(), inputs(12, 3), cotangents(12, 3, density=1.0)
+    noisy(cell)
+    rtrl, h_t, routings = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, 4), cell.initial_state(3), []
+    for t in range(12):
+        out, info, h_next = cell(x[t], h_t)
+        routings.append(Routing(info["idx_slots_read"], info["idx_slots_write"], info["idx_experts"]))
+        active, write, read = get_expert_latent_activated(cell, info)
+        loss = (out * c[t]).sum()
+        if passed:
+            rtrl.step(cell, x[t], h_t, loss, list(active), read, write, info=info)
+        else:
+            rtrl.step(cell, x[t], h_t, loss, active, read, write)
+        h_t = h_next.detach()
+    found = gradients_of(cell)
+    assert worst_error(found, bptt(cell, x, c, routings=routings)) <= 1e-12
+
+
+@pytest.mark.parametrize("change", ["x", "state", "unwritten", "weights", "info"])
+def test_a_step_with_other_inputs_is_refused(change):
+    cell, x = model(), inputs(4, 3)
+    rtrl, h_t = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, 4), cell.initial_state(3)
+    for t in range(4):
+        out, info, h_next = cell(x[t], h_t)
+        active, write, read = get_expert_latent_activated(cell, info)
+        if t < 3:
+            rtrl.step(cell, x[t], h_t, out.sum(), active, read, write)
+            h_t, before = h_next.detach(), info
+    x_t, given, influence = x[3], {}, {name: m.clone() for name, m in rtrl.influence().items()}
+    if change == "x":
+        x_t = x[2]
+    elif change == "state":
+        h_t = cell.initial_state(3).requires_grad_()
+    elif change == "unwritten":
+        spared = torch.ones(3, 4, 1, dtype=torch.float64).scatter_(1, info["idx_slots_write"].unsqueeze(-1), 0)
+        spared.scatter_(1, info["idx_slots_read"].unsqueeze(-1), 0)
+        assert spared.any()
+        h_t = (h_t.detach() + 0.1 * spared).requires_grad_()
+    elif change == "weights":
+        cell.control.bias.data.add_(0.01)
+    else:
+        given = {"info": before}
+        active, write, read = get_expert_latent_activated(cell, before)
+    gradients = gradients_of(cell)
+    with pytest.raises(ContractError, match=r"not what ran|not the state that the model ran with|differs from the h_"):
+        rtrl.step(cell, x_t, h_t, out.sum(), active, read, write, **given)
+    assert all(torch.equal(g, gradients[name]) for name, g in gradients_of(cell).items())
+    assert all(torch.equal(m, influence[name]) for name, m in rtrl.influence().items())
+
+
+def test_a_stream_that_starts_anew_needs_a_reset():
+    cell, x = model(), inputs(3, 3)
+    rtrl, h_t = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, 4), cell.initial_state(3)
+    for t in range(3):
+        out, info, h_next = cell(x[t], h_t)
+        active, write, read = get_expert_latent_activated(cell, info)
+        if t == 2:
+            with pytest.raises(ContractError, match=r"h_next of the step before in streams \[1\].* rtrl\.reset"):
+                rtrl.step(cell, x[t], h_t, out.sum(), active, read, write)
+            rtrl.reset(torch.tensor([False, True, False]))
+        rtrl.step(cell, x[t], h_t, out.sum(), active, read, write)
+        h_t = h_next.detach()
+        if t == 1:
+            h_t[1] = 0
+
+
+def test_the_input_may_be_reused_after_a_step():
+    cell, x, c = model(), inputs(9, 3), cotangents(9, 3, density=1.0)
+    expected = bptt(cell, x, c)
+    rtrl, h_t = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, 4, "replay"), cell.initial_state(3)
+    x_t = torch.empty_like(x[0])
+    for t in range(9):
+        x_t.copy_(x[t])
+        out, info, h_next = cell(x_t, h_t)
+        active, write, read = get_expert_latent_activated(cell, info)
+        rtrl.step(cell, x_t, h_t, (out * c[t]).sum(), active, read, write)
+        x_t.zero_()
+        h_t = h_next.detach()
+    assert worst_error(gradients_of(cell), expected) <= 1e-12

@@ -296,6 +296,21 @@ def test_updates_that_bump_no_version_counter(update, commit_every, cell):
     assert worst_error(run(True), run(False)) <= 1e-10
 
 
+def test_a_silent_update_between_backward_and_carry_is_refused():
+    m, x = nn.GRUCell(2, H, **F64), inputs()
+    optimizer, carry = torch.optim.Adam(m.parameters(), fused=True), Carry(m)
+    h = carry(torch.zeros(B, H, **F64))
+    for t in range(2):
+        h = m(x[t], h)
+        loss_of(h).backward(retain_graph=True)
+        if t == 1:
+            optimizer.step()
+            with pytest.raises(RuntimeError, match="weight_ih changed before carry was called"):
+                carry(h)
+            break
+        h = carry(h)  # late, but nothing has changed
+
+
 @pytest.mark.parametrize("module", ["chain", "general"])
 def test_inputs_may_be_overwritten_before_the_segment_is_committed(module):
     class General(nn.Module):
@@ -392,6 +407,25 @@ def test_weak_coupling_in_float32_is_refused():
 
     with pytest.raises(ContractError, match="influence each other"):
         carried(Weak(), call, torch.randn(T, B, 2), lambda: torch.zeros(B, H), verify="never")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_checked_too(dtype):
+    m = nn.RNNCell(2, H, dtype=dtype)
+    first = lambda: torch.zeros(B, H, dtype=dtype)  # noqa: E731
+    x = inputs().to(dtype)
+    carried(m, call, x, first)  # rounding is no coupling
+    with pytest.raises(ContractError, match="influence each other"):
+        carried(m, lambda m, x, h, t: torch.tanh(m(x, h) + (h.mean(0) if t > 2 else 0)), x, first, verify="never")
+    with pytest.raises(ContractError, match="not linear"):
+        carried(m, hooked(lambda g: g.clamp(-1e-2, 1e-2), "general", 3), x, first, verify="never")
+
+
+def test_activation_checkpoints():
+    def step(m, x, h, t):
+        return torch.utils.checkpoint.checkpoint(m, x, h, use_reentrant=False)
+
+    assert exact(nn.GRUCell(2, H, **F64), step, inputs(), lambda: torch.zeros(B, H, **F64))
 
 
 # Hooks and backward passes.

@@ -51,6 +51,7 @@ def test_shapes_and_info(cls, extra):
     output, info, new_state = cell(torch.randn(7, 5), state)
     assert output.shape == (7, 4) and output.dtype == torch.float32
     assert new_state.shape == state.shape
+    assert torch.equal(info.pop("h_next"), new_state)
     assert set(info) == {"idx_slots_read", "idx_slots_write", "idx_experts"}
     assert all(indices.shape == (7, 2) and indices.dtype == torch.int64 for indices in info.values())
 

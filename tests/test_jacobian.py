@@ -174,7 +174,7 @@ def test_a_misread_factor_is_noticed(monkeypatch):
     cell = OddCell("tied").double()
 
     def ones(self, z):
-        return torch.ones_like(z.detach()[:: self.width]).reshape(self.batch, -1, z.shape[-1])
+        return torch.ones_like(z.detach()[:: self.copies]).reshape(self.batch, -1, z.shape[-1])
 
     monkeypatch.setattr(FactorCapture, "once", ones)
     x, c = inputs(6, 2), cotangents(6, 2)

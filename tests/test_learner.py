@@ -528,10 +528,6 @@ def test_cells_whose_gradient_would_be_wrong_are_refused():
         def forward(self, x, state, routing=None):
             return super().forward(2 * x, state, routing)
 
-    class TrainedStart(PatternCell):
-        def initial_state(self, batch_size):
-            return super().initial_state(batch_size) + self.encode.bias
-
     class OtherTransition(PatternCell):
         def transition(self, x, h_read, h_write, routing):
             return super().transition(x, h_read, 0.5 * h_write, routing) + 1
@@ -554,7 +550,6 @@ def test_cells_whose_gradient_would_be_wrong_are_refused():
     pattern, x = make_pattern("random", 4, 2, num_slots=4), inputs(4, 2)
     for kind, message in (
         (OwnForward, "overrides forward"),
-        (TrainedStart, "initial_state requires a gradient"),
         (OtherTransition, "transition must return"),
         (Noisy, "random numbers"),
         (Coupled, "couples the rows"),

@@ -67,7 +67,7 @@ class Diagonal:
     def __init__(self, cell: DiagonalCell, commit_every: int | str = "auto", verifier: Verifier | None = None) -> None:
         self.cell = cell
         self.commit_every = commit_every
-        self.verifier = verifier
+        self.verifier = Verifier("never") if verifier is None else verifier
         self.segments = 0
         self.parameters: list[RecurrentParameter] = []
         self.like: Tensor | None = None
@@ -156,7 +156,7 @@ class Diagonal:
             number += run.recorded.steps
         for run in runs:
             engine.admit(run.projections)
-        if self.verifier is not None and self.verifier.due() and not self._went_backwards:
+        if self.verifier.due() and not self._went_backwards:
             engine.verify(self.verifier, parts, runs[-1].projections, runs[0].first, runs[-1].last)
         if bool(cut.any()):
             started = self._started(runs[0].first, entry.grad_fn, cut)
@@ -304,7 +304,7 @@ class Diagonal:
         found = engine.past_gradients(position, self._entries(u), index)
         trainable = [p for p in self.parameters if p.trainable]
         gradients = pull_back(engine.current_tensors(), found, [p.tensor for p in trainable])  # type: ignore[misc]
-        return {p.name: g for p, g in zip(trainable, gradients, strict=True) if g is not None}
+        return {p.name: _as_pairs(g) for p, g in zip(trainable, gradients, strict=True) if g is not None}
 
     def reset(self, streams: Tensor) -> None:
         """See :meth:`Past.reset`."""
@@ -313,11 +313,17 @@ class Diagonal:
             self._engine.influence.reset(streams)
 
     def influence(self) -> dict[str, Tensor]:
-        """See :meth:`Past.influence`; dense, ``(B, H, *shape)`` with ``H`` the entries, complex ones as such."""
+        """See :meth:`Past.influence`; dense, ``(B, H, *shape)`` with ``H`` the entries, complex ones as such.
+
+        That of a complex parameter comes as pairs of real numbers, ``(B, H, *shape, 2)``.
+        """
         if self._engine is None:
             return {}
-        lead = 1 + len(self.cell.state_shape)
-        return {n: P.flatten(1, lead - 1) for n, P in self._engine.dense_influence().items()}
+        found = {}
+        for name, P in self._engine.dense_influence().items():
+            flat = P.flatten(1, len(self.cell.state_shape))
+            found[name] = _as_pairs(flat) if self.cell.get_parameter(name).is_complex() else flat
+        return found
 
     def kept_bytes(self) -> int:
         """See :meth:`Past.kept_bytes`."""
@@ -331,6 +337,7 @@ class Diagonal:
             "segments": self.segments,
             "like": None if like is None else like.clone(),
             "kept": None if self._engine is None else self._engine.influence.state_dict(),
+            "verifier": self.verifier.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], selected: list[RecurrentParameter]) -> None:
@@ -356,6 +363,8 @@ class Diagonal:
             engine.influence.commit_every = self._window
             like = like.to(zeros.device, copy=True)
         self._engine, self.like, self.parameters = engine, like, [] if engine is None else selected
+        if "verifier" in state:  # older versions have none
+            self.verifier.load_state_dict(state["verifier"])
         self._runs, self._went_backwards = [], False
         self.segments = state["segments"]
 
@@ -377,6 +386,11 @@ def _is_passed_on(target: Tensor, source: Tensor) -> bool:
             return False
         node = sources[0]
     return True
+
+
+def _as_pairs(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _is_identity(dims: tuple[int, ...]) -> bool:
