@@ -2,8 +2,8 @@
 
 A cell reads 32 endless streams of random symbols, and has to say at every step which symbol it saw 20 steps ago. It
 learns in segments of 4 steps, so that no segment ever holds a symbol together with its question, and it begins with a
-memory that has faded long before. Truncated BPTT therefore stays at guessing. The exact gradient sees the whole past,
-and its memory stays where it is.
+memory that has faded long before. The exact gradient sees the whole past and teaches the cell to remember; what it
+takes stays the same from the first token to the last. Truncated BPTT never sees what a symbol is needed for.
 """
 
 # %%
@@ -70,7 +70,7 @@ exact = train(cell, learner.unroll)
 
 # %%
 # The same cell, the same symbols, the same number of steps of the optimizer, with the state detached between
-# segments. Guessing gives 25 %.
+# segments. Guessing gives 25 %. What it has at the end it owes to the traces that happen to be left in the state.
 
 cell = new_cell()
 state = cell.initial_state(STREAMS)
@@ -85,4 +85,4 @@ def truncated_run(xs):
 
 truncated = train(cell, truncated_run)
 if TOKENS >= 1_000_000:  # a shorter run has learned too little
-    assert exact > 0.5 > 0.3 > truncated
+    assert exact > 0.9 > 0.6 > truncated

@@ -1,8 +1,8 @@
-"""Scripts as pages: runs ``examples/NAME.py`` cell by cell and writes a page of its text, its code and its output.
+"""A hook of mkdocs (``mkdocs.yml``): scripts as pages, and links that leave the site.
 
-A hook of mkdocs (``mkdocs.yml``), which makes the pages of :data:`PAGES` whenever the docs are built. A script begins
-with a docstring, title and introduction, and is cut into cells by lines ``# %%``; comments at the start of a cell are
-text in Markdown. A cell that fails makes the build fail.
+Whenever the docs are built, each script of :data:`PAGES` in ``examples/`` is run cell by cell, and becomes a page of
+its text, its code and its output. A script begins with a docstring, title and introduction, and is cut into cells by
+lines ``# %%``; comments at the start of a cell are text in Markdown. A cell that fails makes the build fail.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,11 @@ def page(name: str, arguments: Sequence[str] = ()) -> str:
                 lines += ["```text", output.getvalue().rstrip(), "```", ""]
     lines.append(f"*The script is `examples/{name}.py`; the output is that of the run that built this page.*\n")
     return "\n".join(lines)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Name files of the repository that lie outside of ``docs/`` instead of linking them; called by mkdocs."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", markdown)
 
 
 def on_files(files: Any, config: Any) -> Any:
