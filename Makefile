@@ -14,7 +14,7 @@ DEMO ?=
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ecosystem fuzz test-packages gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test test-ecosystem fuzz test-packages docs gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -57,6 +57,14 @@ fuzz: $(STAMP)  ## Compare 10,000 random cases with BPTT (about ten minutes on t
 
 test-packages: $(STAMP)  ## Build sdist and wheels, install them where no compiler is, run README and docs
 	OMP_NUM_THREADS=1 $(BIN)/python tools/test_packages.py
+
+$(VENV)/.docs-installed: $(STAMP)
+	@# The package is there already, so that this adds what its extra names and no more.
+	$(PIP) 'sparse_rtrl[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs-installed  ## Build the documentation in build/site, running the pages of examples/
+	OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
 
 gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network
 	$(PYTHON) -m bench.gpu_check

@@ -1,6 +1,6 @@
 """Cosine between the gradient of each method of ``Carry`` and the exact gradient, on text.
 
-``python bench/approximations.py --out bench/results/approximations.json --picture docs/approximations.png``: a GRU
+``python bench/approximations.py --out bench/results/approximations.json``: a GRU
 learns to predict the next byte of the source files of this Python's standard library, online, with the exact gradient
 and Adam; at every segment each method's gradient of the GRU's parameters is compared with the exact one. Segments of 1,
 4 and 16 steps. The exact method is compared with BPTT first, on the same text.

@@ -1,10 +1,10 @@
 """A million bytes of real text in one pass: bits per byte and memory of sparse RTRL and of truncated BPTT.
 
-``python bench/byte_stream.py --out bench/results/byte_stream.json --plot bench/results/byte_stream.png``. Both methods
-train the same slot cell with the same segment and the same number of updates on the source of Python's standard
-library, read once by parallel streams; every byte is predicted before it is learned from. Each run is one
-``sparse-rtrl train`` in a process of its own and in a folder of its own: called again, the script goes on where it was
-stopped. Memory is the resident set of the process, from its log.
+``python bench/byte_stream.py --out bench/results/byte_stream.json``. Both methods train the same slot cell
+with the same segment and the same number of updates on the source of Python's standard library, read once by parallel
+streams; every byte is predicted before it is learned from. Each run is one ``sparse-rtrl train`` in a process of its
+own and in a folder of its own: called again, the script goes on where it was stopped. Memory is the resident set of the
+process, from its log.
 """
 
 from __future__ import annotations

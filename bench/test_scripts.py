@@ -12,6 +12,7 @@ import diagonal
 import diagonal_learning
 import diagonal_update
 import haystack_long
+import memory
 import pytest
 import recall
 import stack_approximation
@@ -42,6 +43,18 @@ def test_truncation_bias():
     assert math.isfinite(result["bits_per_byte"])
     for row in result["rows"]:
         assert row["carry_relative_error"] < 1e-5 < 1e-3 < row["tbptt_relative_error"]
+
+
+def test_memory_and_error_over_the_length():
+    rows = memory.main(["--hidden", "6", "--segment", "4", "--lengths", "32", "64", "--longest-bptt", "32"])
+    assert [(row["method"], row["length"]) for row in rows] == [
+        *((method, 32) for method in memory.METHODS),
+        ("carry", 64),
+        ("tbptt", 64),
+    ]
+    for row in rows:
+        least, most = (1e-5, 1.0) if row["method"] == "tbptt" else (0.0, 1e-12)
+        assert least <= row["relative_error"] <= most
 
 
 def test_diagonal_update():

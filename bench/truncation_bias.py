@@ -1,6 +1,6 @@
 """Cosine to the full gradient of truncated BPTT and of ``Carry``, over the segment length, on real text.
 
-``python bench/truncation_bias.py --out bench/results/truncation_bias.json --plot bench/results/truncation_bias.png``.
+``python bench/truncation_bias.py --out bench/results/truncation_bias.json``.
 An Elman and a GRU cell predict the bytes of the standard library's source files; after some training, parameters are
 fixed and the gradient of the loss over a stretch of text is taken three ways: BPTT through all of it in float64 (the
 full gradient), truncated BPTT with segments of ``n`` steps, and ``Carry`` with the same segments in float32.
