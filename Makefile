@@ -15,7 +15,7 @@ FUZZ ?=
 FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ecosystem fuzz faults gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test test-ecosystem fuzz faults test-packages gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -58,6 +58,9 @@ fuzz: $(STAMP)  ## Compare 10,000 random cases with BPTT (about ten minutes on t
 
 faults: $(STAMP)  ## Plant faults one at a time, list those no test sees (minutes); FAULTS='--only NAME' for one
 	$(BIN)/python -m tests.planted_faults $(FAULTS)
+
+test-packages: $(STAMP)  ## Build sdist and wheels, install them where no compiler is, run README and docs
+	OMP_NUM_THREADS=1 $(BIN)/python tools/test_packages.py
 
 gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network
 	$(PYTHON) -m bench.gpu_check

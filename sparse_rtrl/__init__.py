@@ -21,7 +21,7 @@ from sparse_rtrl.learner import RTRL, Evaluation
 from sparse_rtrl.slot_cell import Routing, SlotCell
 from sparse_rtrl.tree import CircularTree, Node
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "RTRL",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import ops
-from sparse_rtrl.engine import Engine
+from sparse_rtrl.engine import Engine, checked_mask
 from sparse_rtrl.errors import ContractError
 from sparse_rtrl.influence import check_finite
 from sparse_rtrl.parameters import ParameterGroups
@@ -100,6 +100,10 @@ class BlockRTRL:
         self.verify: Verify = verify
         self._engine: Engine | None = None
         self._pending_state: dict[str, Any] | None = None
+        self._left: Tensor | None = None
+        """State after the last step, ``(B, S, D)``; None before it, and after loading."""
+        self._restarted = torch.zeros(B, dtype=torch.bool)
+        """Streams that were reset since."""
 
     def step(
         self,
@@ -162,6 +166,7 @@ class BlockRTRL:
         if loss is not None and not h_t.requires_grad:
             raise ValueError("h_t must be the very tensor that was given to the model, which marks it for gradients")
         entered, after = h_t.detach(), info["h_next"].detach()
+        self._check_entered(entered)
         routing = engine.checked_routing(Routing(*(info[key] for key in _INFO[:3])))
         self._check_lists(model, routing, set(active_params), set(read_idx), set(write_idx))
         ran = gather_slots(after, routing.write)
@@ -179,6 +184,20 @@ class BlockRTRL:
             engine.add_to_grad(*engine.influence.loss_gradient(0, u, engine.steps - 1))
         engine.influence.commit()
         engine.flush()
+        self._left, self._restarted = after.clone(), torch.zeros_like(self._restarted)
+
+    def _check_entered(self, state: Tensor) -> None:
+        """Refuse a state that is not the one the step before ended with, in streams that were not reset."""
+        if self._left is None:
+            return
+        changed = (state != self._left).flatten(1).any(1) & ~self._restarted.to(state.device)
+        if bool(changed.any()):
+            raise ContractError(
+                [
+                    f"h_t differs from the h_next of the step before in streams {changed.nonzero().flatten().tolist()}:"
+                    " a stream that starts anew needs rtrl.reset(mask), any other goes on from h_next.detach()"
+                ]
+            )
 
     def _backward(self, loss: Tensor, h_t: Tensor) -> Tensor | None:
         """Send the loss backwards and return ``dL/dh_t (B, H)``; None if it does not depend on the state."""
@@ -202,6 +221,8 @@ class BlockRTRL:
 
     def reset(self, streams: Tensor | None = None) -> None:
         """Clear the influence of some streams ``(B,)`` bool, or of all; the caller resets ``h_t``."""
+        mask = checked_mask(streams, self.B, torch.device("cpu"))
+        self._restarted = self._restarted | mask
         if self._engine is not None:
             self._engine.influence.reset(self._engine.checked_mask(streams))
 
@@ -225,6 +246,7 @@ class BlockRTRL:
         """Restore what :meth:`state_dict` returned; takes effect at the next step if the model is not known yet."""
         if state and state.get("version") != 1:
             raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
+        self._left, self._restarted = None, torch.zeros(self.B, dtype=torch.bool)
         if not state:
             self._engine = self._pending_state = None
         elif self._engine is None:

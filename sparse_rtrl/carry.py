@@ -350,7 +350,9 @@ class Carry:
 
     def _flat(self, leaves: list[Any]) -> Tensor:
         """The floating-point tensors of a state side by side, ``(B, H)``, at least float32; complex ones as pairs."""
-        parts = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves if _is_number(leaf)]
+        # Not view_as_real: its backward pass asks for memory that is aligned to pairs.
+        pairs = [(leaf.real, leaf.imag) if leaf.is_complex() else (leaf,) for leaf in leaves if _is_number(leaf)]
+        parts = [torch.stack(pair, -1) if len(pair) == 2 else pair[0] for pair in pairs]
         if not parts:
             raise ValueError("state must hold at least one floating-point tensor")
         sizes = {part.shape[self.batch_dim] if part.dim() > self.batch_dim else None for part in parts}
@@ -374,7 +376,7 @@ class Carry:
                 shape = like.movedim(self.batch_dim, 0).shape
                 size = shape[1:].numel()
                 part = flat[:, start : start + size].reshape(shape).movedim(0, self.batch_dim).to(like.dtype).clone()
-                out.append(torch.view_as_complex(part.contiguous()) if leaf.is_complex() else part)
+                out.append(torch.complex(part[..., 0], part[..., 1]) if leaf.is_complex() else part)
                 start += size
             else:
                 out.append(leaf)

@@ -141,7 +141,8 @@ def derivatives(
     """Diagonals of the Jacobians of one step: of every new state entry by the old one and by the values at its place.
 
     One backward pass with ones gives all of them, because entries do not mix (two passes where a real value enters a
-    complex state).
+    complex state). That they do not is proven where all operations of ``step`` are element by element; where another
+    one is met, a second pass with random weights shows it.
 
     Args:
         cell: the cell.
@@ -154,7 +155,7 @@ def derivatives(
         the new state.
 
     Raises:
-        ContractError: if ``step`` reads a trainable tensor that did not come through ``project``.
+        ContractError: if ``step`` reads a trainable tensor that did not come through ``project``, or entries mix.
     """
     with torch.enable_grad():
         h = before.detach().requires_grad_()
@@ -164,18 +165,24 @@ def derivatives(
         ]
         leaves = [h, *(value for value, want in zip(values, wanted, strict=True) if want)]
         new = cell.step(h, *values)
-        read = direct_reads(cell, new, leaves)
+        variables, mixing = _graph_of(new)
+        read = direct_reads(cell, variables, leaves)
         if read:
             raise ContractError(read)
+        if mixing:
+            weights = 0.5 + torch.rand(new.shape, generator=torch.Generator().manual_seed(0))
+            expected = diagonals(new, leaves, weights.to(new), retain_graph=True)
         found = diagonals(new, leaves)
+        if mixing and any(differs(a, b) for a, b in zip(found, expected, strict=True)):
+            raise ContractError([f"step is not element-wise: entries or rows mix, perhaps by {', '.join(mixing)}"])
     by_leaf = iter(found[1:])
     return found[0], [next(by_leaf) if want else None for want in wanted], new.detach()
 
 
-def direct_reads(cell: DiagonalCell, new: Tensor, leaves: list[Tensor]) -> list[str]:
-    """What a step reads itself and must not: the trainable tensors in the graph of ``new`` beside ``leaves``."""
+def direct_reads(cell: DiagonalCell, variables: list[Tensor], leaves: list[Tensor]) -> list[str]:
+    """What a step reads itself and must not: the trainable tensors in its graph beside ``leaves``."""
     given = {id(leaf) for leaf in leaves}
-    read = [variable for variable in _leaves_of(new) if id(variable) not in given]
+    read = [variable for variable in variables if id(variable) not in given]
     names = {id(p): name for name, p in cell.named_parameters()} if read else {}
     return [
         f"step uses the parameter {names[id(variable)]} itself: pass it through project, as Learned or Mapped"
@@ -186,47 +193,69 @@ def direct_reads(cell: DiagonalCell, new: Tensor, leaves: list[Tensor]) -> list[
     ]
 
 
-def _leaves_of(tensor: Tensor) -> list[Tensor]:
-    """The trainable leaves in a tensor's graph; this runs at every capture, so it looks at nothing else."""
-    found, stack = [], [tensor.grad_fn]
+_ELEMENTWISE = frozenset(
+    "Abs Add Addcdiv Addcmul Alias Angle Clamp ClampMax ClampMin Clone Complex Conj Cos Cosh Div Elu Erf Exp Expand"
+    " Expm1 Gelu Hardsigmoid Imag LeakyRelu Lerp Log Log1P LogSigmoid Maximum Minimum Mul Neg Polar Pow Real"
+    " Reciprocal Relu Rsqrt Rsub Sgn Sigmoid Silu Sin Sinh Softplus Sqrt Sub Tan Tanh ToCopy ViewAsComplex ViewAsReal"
+    " Where".split()
+)
+"""Operations of torch that work element by element, by the names of their nodes without ``Backward0``."""
+
+
+def _graph_of(tensor: Tensor) -> tuple[list[Tensor], list[str]]:
+    """The trainable leaves in a tensor's graph, and its operations that may mix elements; runs at every capture."""
+    leaves: list[Tensor] = []
+    mixing: list[str] = []
+    stack = [tensor.grad_fn]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        following = () if node is None else node.next_functions
-        if not following and (variable := getattr(node, "variable", None)) is not None:
-            found.append(variable)
-        for source, _ in following:
+        if node is None:
+            continue
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.append(variable)
+            continue
+        name = node.name()
+        if name.rstrip("0123456789").removesuffix("Backward") not in _ELEMENTWISE:
+            mixing.append(name)
+        for source, _ in node.next_functions:
             if source is not None and source not in seen:
                 seen.add(source)
                 stack.append(source)
-    return found
+    return leaves, mixing
 
 
-def diagonals(new: Tensor, leaves: list[Tensor], phases: Tensor | None = None) -> list[Tensor]:
+def diagonals(
+    new: Tensor, leaves: list[Tensor], phases: Tensor | None = None, retain_graph: bool = False
+) -> list[Tensor]:
     """Derivatives of ``new`` by the entry of each leaf at the same place, if no other place depends on it.
 
     Args:
         new: ``(N, *state_shape)``.
         leaves: of the same shape.
-        phases: signs, or complex numbers of magnitude one, to weight the entries with; the result does not depend on
-            them if the Jacobian is diagonal and holomorphic.
+        phases: numbers, complex ones perhaps, to weight the entries with; the result does not depend on them if the
+            Jacobian is diagonal and holomorphic.
+        retain_graph: whether the graph is needed again.
     """
     if not new.requires_grad:
         return [torch.zeros_like(new) for _ in leaves]
     weight = torch.ones_like(new) if phases is None else phases
     two = new.is_complex() and not all(leaf.is_complex() for leaf in leaves)
-    first = torch.autograd.grad(new, leaves, weight, retain_graph=two, allow_unused=True)
-    second = torch.autograd.grad(new, leaves, 1j * weight, allow_unused=True) if two else first
+    first = torch.autograd.grad(new, leaves, weight, retain_graph=two or retain_graph, allow_unused=True)
+    second = first
+    if two:
+        second = torch.autograd.grad(new, leaves, 1j * weight, retain_graph=retain_graph, allow_unused=True)
     out = []
     for leaf, a, b in zip(leaves, first, second, strict=True):
         if a is None or b is None:
             derivative = torch.zeros_like(new)
         elif leaf.is_complex() or not new.is_complex():
-            derivative = a.conj().resolve_conj() if phases is None else (a * phases.conj()).conj().resolve_conj()
+            derivative = a.conj().resolve_conj() if phases is None else (a / phases).conj().resolve_conj()
         else:
             # Re(conj(d) w) and Re(conj(d) i w) are the parts of d conj(w), seen from the phase.
             derivative = torch.complex(a, b)
-            derivative = derivative if phases is None else derivative * phases
+            derivative = derivative if phases is None else derivative / phases.conj()
         out.append(derivative)
     return out
 
@@ -377,7 +406,7 @@ def _check_projections(cell: DiagonalCell, projections: tuple[Projection, ...], 
 
 def _check_step(cell: DiagonalCell, new: Tensor, leaves: list[Tensor], noise: Tensor) -> None:
     """Check that entries do not mix: random weights of the entries must give the same diagonals as ones."""
-    violations = direct_reads(cell, new, leaves)
+    violations = direct_reads(cell, _graph_of(new)[0], leaves)
     if new.requires_grad:
         phases = noise / noise.abs()
         plain = diagonals(cell.step(*leaves), leaves)

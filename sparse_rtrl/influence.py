@@ -14,7 +14,7 @@ from sparse_rtrl import ops
 from sparse_rtrl.errors import NonFiniteError
 from sparse_rtrl.jacobian import StepJacobian, direct_gradient
 from sparse_rtrl.parameters import ParameterGroups
-from sparse_rtrl.plan import DEFAULT_BUFFER, CatchUp, Plan, forced, plan, planner_built
+from sparse_rtrl.plan import CatchUp, Plan, forced, plan
 from sparse_rtrl.precision import full_precision
 from sparse_rtrl.reference import slot_entries
 from sparse_rtrl.segment import compose
@@ -109,7 +109,7 @@ class Influence:
         self._planned_interval = 1.0
         if catch_up == "eager" or not experts:
             self._begin(Plan(eager=True))
-        elif buffer != "auto" and (catch_up != "auto" or not planner_built()):
+        elif buffer != "auto" and catch_up != "auto":
             self._begin(forced(catch_up, buffer))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,8 +134,6 @@ class Influence:
         return CircularTree(chosen.buffer, *shape, self.core.dtype, self.core.device, chosen.levels, self.backend)
 
     def _make_plan(self, routing: Routing) -> Plan:
-        if not planner_built() and self.catch_up == "auto":
-            return forced("auto", DEFAULT_BUFFER)
         self._planned_interval = self._flush_interval
         return plan(
             num_slots=self.num_slots,
@@ -156,7 +154,7 @@ class Influence:
     def _plan_again(self, routing: Routing) -> None:
         """After a commit: plan again if flushes have become rarer or more frequent than was planned for."""
         interval = max(self._flush_interval, float(self._steps_since_flush))
-        if self.catch_up != "auto" or not planner_built() or not self.groups.num_experts:
+        if self.catch_up != "auto" or not self.groups.num_experts:
             return
         if not self._planned_interval / 3 < interval < 3 * self._planned_interval:
             self._flush_interval = interval

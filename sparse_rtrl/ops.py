@@ -6,7 +6,7 @@ device; a compiled implementation registers itself for its dispatch key and is t
 
 from __future__ import annotations
 
-from importlib.machinery import EXTENSION_SUFFIXES
+import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -156,17 +156,15 @@ def _(g, P, u):
 
 def _load_compiled(library: str) -> str:
     """Load compiled operations if they were built; returns why they are not there, or nothing."""
-    folder = Path(__file__).parent
+    path = Path(__file__).parent / f"{library}.so"
     if library == "_cuda" and torch.version.cuda is None:
         return "this torch was built for the CPU"
-    # Only a file for this Python: one that another version left behind may not load.
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{library}{suffix}").exists()]
-    if not found:
+    if not path.exists():
         return "they were not built"
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{found[0].name} could not be loaded: {error}"
+        return f"{path.name} could not be loaded: {error}"
     return ""
 
 
@@ -221,8 +219,10 @@ def select(
         raise ValueError(f"precision must be 'ieee' for backend {backend!r}, got {precision!r}: use backend='triton'")
     if backend == "reference" or (backend == "auto" and dtype not in COMPILED_DTYPES):
         return reference
+    if backend == "auto":
+        _tell_of_reference(device.type)
     if backend in COMPILED:
-        kind, variable = COMPILED[backend]
+        kind, _ = COMPILED[backend]
         problem = compiled_problem if backend == "cpp" else cuda_problem
         if device.type != kind:
             raise BackendError(f"backend '{backend}' is for {kind}, the tensors are on {device}: use backend='auto'")
@@ -230,8 +230,8 @@ def select(
             raise BackendError(f"backend '{backend}' is for float32 and float64, got {dtype}: use backend='reference'")
         if problem:
             raise BackendError(
-                f"backend '{backend}' needs the compiled operations for {kind}: {problem}. Build them with"
-                f" '{variable}=1 pip install --no-build-isolation .', or use backend='auto' or 'reference'"
+                f"backend '{backend}' needs the compiled operations for {kind}: {problem}. {_remedy(kind)}, or use"
+                " backend='auto' or 'reference'"
             )
     return _DISPATCHED
 
@@ -241,6 +241,28 @@ def fused(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
     if backend not in ("auto", "cpp") or device.type != "cpu" or dtype not in COMPILED_DTYPES:
         return False
     return not compiled_problem
+
+
+def _remedy(kind: str) -> str:
+    """How to get the compiled operations for a kind of device."""
+    (variable,) = (variable for device, variable in COMPILED.values() if device == kind)
+    tools = {"cpu": "torch and a C++ compiler", "cuda": "torch for CUDA, a C++ compiler and nvcc"}[kind]
+    return f"Build them with '{variable}=1 pip install --no-build-isolation .' where {tools} are installed"
+
+
+_told: set[str] = set()
+
+
+def _tell_of_reference(kind: str) -> None:
+    """Warn, once for each kind of device, that the reference stands in for compiled operations."""
+    problem = {"cpu": compiled_problem, "cuda": cuda_problem}.get(kind)
+    if problem and kind not in _told:
+        _told.add(kind)
+        warnings.warn(
+            f"the compiled operations for {kind} are missing ({problem}); plain PyTorch stands in for them: exact, but"
+            f" slower. {_remedy(kind)}; backend='reference' asks for plain PyTorch and says nothing",
+            stacklevel=3,
+        )
 
 
 class _Dispatched:

@@ -11,12 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from sparse_rtrl import ops
-from sparse_rtrl.errors import BackendError
 
 try:
-    from sparse_rtrl import _planner  # type: ignore[attr-defined]
-except ImportError:  # not built: plans then follow the operation count alone
-    _planner = None
+    from sparse_rtrl import _planner as planner  # type: ignore[attr-defined]
+except ImportError:  # not built for this Python: the same plans, later
+    from sparse_rtrl import planner
 
 CatchUp = Literal["auto", "eager", "replay", "product"]
 DEFAULT_BUFFER = 64
@@ -89,7 +88,6 @@ def plan(
 
     Raises:
         ValueError: on sizes out of range or an unknown path.
-        BackendError: if the compiled planner is not there and ``catch_up`` is ``"auto"``.
     """
     if catch_up not in get_args(CatchUp):
         raise ValueError(f"catch_up must be one of {get_args(CatchUp)}, got {catch_up!r}")
@@ -99,14 +97,7 @@ def plan(
         raise ValueError(f"flush_every must be at least 1 step, got {flush_every}")
     if catch_up == "eager":
         return Plan(eager=True)
-    if _planner is None:
-        if catch_up == "auto":
-            raise BackendError(
-                "the planner was not built: it needs pybind11 and a C++ compiler. Build it with"
-                " 'SPARSE_RTRL_CPP=1 pip install --no-build-isolation .'"
-            )
-        return forced(catch_up, DEFAULT_BUFFER if buffer == "auto" else buffer)
-    found = _planner.plan(
+    found = planner.plan(
         num_slots=num_slots,
         slot_size=slot_size,
         read_slots=read_slots,
@@ -158,14 +149,9 @@ def _median_seconds(call: Callable[[], object], seconds: float) -> float:
 
 
 def forced(catch_up: CatchUp, buffer: int) -> Plan:
-    """The plan of a path that was asked for; for ``"auto"``, what is done without a planner."""
+    """The plan of a path that was asked for, whatever it costs."""
     if catch_up == "replay":
         return Plan(eager=False, buffer=buffer, levels=0, product_from=0)
     if catch_up == "product":
         return Plan(eager=False, buffer=buffer, product_from=1)
     return Plan(eager=catch_up == "eager", buffer=buffer)
-
-
-def planner_built() -> bool:
-    """Whether the compiled planner is there."""
-    return _planner is not None

@@ -241,10 +241,26 @@ def test_a_step_with_other_inputs_is_refused(change):
         given = {"info": before}
         active, write, read = get_expert_latent_activated(cell, before)
     gradients = gradients_of(cell)
-    with pytest.raises(ContractError, match=r"not what ran|not the state that the model ran with"):
+    with pytest.raises(ContractError, match=r"not what ran|not the state that the model ran with|differs from the h_"):
         rtrl.step(cell, x_t, h_t, out.sum(), active, read, write, **given)
     assert all(torch.equal(g, gradients[name]) for name, g in gradients_of(cell).items())
     assert all(torch.equal(m, influence[name]) for name, m in rtrl.influence().items())
+
+
+def test_a_stream_that_starts_anew_needs_a_reset():
+    cell, x = model(), inputs(3, 3)
+    rtrl, h_t = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, 4), cell.initial_state(3)
+    for t in range(3):
+        out, info, h_next = cell(x[t], h_t)
+        active, write, read = get_expert_latent_activated(cell, info)
+        if t == 2:
+            with pytest.raises(ContractError, match=r"h_next of the step before in streams \[1\].* rtrl\.reset"):
+                rtrl.step(cell, x[t], h_t, out.sum(), active, read, write)
+            rtrl.reset(torch.tensor([False, True, False]))
+        rtrl.step(cell, x[t], h_t, out.sum(), active, read, write)
+        h_t = h_next.detach()
+        if t == 1:
+            h_t[1] = 0
 
 
 def test_the_input_may_be_reused_after_a_step():

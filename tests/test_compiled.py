@@ -19,7 +19,7 @@ import sparse_rtrl.influence
 from sparse_rtrl import RTRL, CircularTree, ops, reference
 from sparse_rtrl.environment import backends
 from sparse_rtrl.errors import BackendError
-from sparse_rtrl.plan import Plan, plan, planner_built
+from sparse_rtrl.plan import Plan, plan
 
 compiled = pytest.mark.skipif(bool(ops.compiled_problem), reason=f"no compiled operations: {ops.compiled_problem}")
 DTYPES = (torch.float32, torch.float64)
@@ -160,7 +160,6 @@ def test_backends_give_the_gradient_of_bptt(catch_up, commit_every):
             assert events["replays" if catch_up == "replay" else "products"] > 0
 
 
-@pytest.mark.skipif(not planner_built(), reason="no compiled planner")
 @pytest.mark.parametrize("resets", [False, True])
 def test_changing_the_plan_keeps_the_gradient(monkeypatch, resets):
     """Whatever the planner says, and however often it changes its mind."""
@@ -183,7 +182,6 @@ def test_changing_the_plan_keeps_the_gradient(monkeypatch, resets):
     assert learner.events["plans"] >= 4 and learner.events["wakes"] > 0
 
 
-@pytest.mark.skipif(not planner_built(), reason="no compiled planner")
 def test_plans():
     sizes = {"slot_size": 32, "read_slots": 2, "write_slots": 2, "top_k": 2, "expert_columns": 1056}
     many = plan(num_slots=4, num_experts=256, flush_every=64, **sizes)
@@ -203,12 +201,10 @@ def test_plans():
             plan(**{"num_slots": 4, "num_experts": 8, **sizes, **wrong})
 
 
-@pytest.mark.skipif(not planner_built(), reason="no compiled planner")
 @given(count=st.integers(1, 500), capacity=st.integers(1, 64), first=st.integers(0, 40), data=st.data())
 @settings(max_examples=50, deadline=None)
 def test_dyadic_arithmetic_is_that_of_the_tree(count, capacity, first, data):
-    from sparse_rtrl import _planner
-
+    _planner = pytest.importorskip("sparse_rtrl._planner")
     levels = data.draw(st.integers(0, _planner.highest_level(capacity)))
     start = data.draw(st.integers(max(0, count - capacity), count))
     assert list(reference.dyadic_cover(start, count, levels)) == _planner.cover(start, count, levels)
