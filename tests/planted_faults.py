@@ -5,10 +5,10 @@
     python -m tests.planted_faults --sample 10 --seed 3
 
 A fault is a piece of text that occurs exactly once in the library, what it is replaced with, and the tests that must
-then fail. Each is planted in a copy of the tree. It is *caught* if a test fails, *survives* if all pass, and is
-*invalid* if it says nothing about the tests: its text is not there or there twice, the tests fail without it or cannot
-be collected, the planted code does not even run, or nothing came of it in time. The exit status is the number of those
-not caught.
+then fail. Each is planted in a copy of the tree. It is *caught* if a test fails, and *survives* if all pass. It is
+*invalid* if it says nothing about the tests: its text is not there, or there twice; the tests fail without it, cannot
+be collected, or are all skipped here; the planted code does not even run, or nothing came of it in time. The exit
+status is the number of those not caught.
 """
 
 from __future__ import annotations
@@ -590,7 +590,11 @@ CELLS = [
         "active experts get the inputs of the next stream",
         "active = weight.index_select(0, experts.reshape(-1)).unflatten(0, (batch, k))",
         "active = weight.index_select(0, experts.roll(1, 0).reshape(-1)).unflatten(0, (batch, k))",
-        ("tests/test_cells.py::test_inactive_experts_have_no_immediate_jacobian",),
+        (
+            "tests/test_cells.py::test_rows_are_independent",
+            "tests/test_gradient.py::test_gradient_at_every_token[1-SlotMoECell]",
+            "tests/test_gradient.py::test_gradient_at_every_token[1-SparseLatentMoECell]",
+        ),
     ),
     Fault(
         "slots_of_another_stream",
@@ -649,10 +653,7 @@ METHODS = [
         "SnAp-1 forgets its influence when the pattern grows",
         "values[:, group, place[group, old_place]] = self.values[:, group, old_place]",
         "values[:, group, place[group, old_place]] = 0 * self.values[:, group, old_place]",
-        (
-            "tests/test_methods.py::test_equals_the_textbook[snap1-leaky]",
-            "tests/test_methods.py::test_resets_and_resuming",
-        ),
+        ("tests/test_methods.py::test_equals_the_textbook[snap1-lstm]",),
     ),
     Fault(
         "rflo_keeps_products",
@@ -683,24 +684,21 @@ TRAINING = [
         "the trainer adds up gradients over all steps",
         "        self.optimizer.step()\n        self.optimizer.zero_grad()\n",
         "        self.optimizer.step()\n",
-        ("tests/test_training.py::test_the_norm_of_the_gradient_is_that_before_clipping",),
+        ("tests/test_training.py::test_trainer_steps_once_per_batch_or_per_asking_segment",),
     ),
     Fault(
         "owed_gradients_not_completed",
         "the trainer clips before deferred gradients are paid",
         "        self.method.complete_gradient()\n",
         "",
-        (
-            "tests/test_training.py::test_rtrl_trains_batch_after_batch",
-            "tests/test_training.py::test_methods_on_the_same_cell_get_the_same_gradient",
-        ),
+        ("tests/test_training.py::test_trainer_steps_once_per_batch_or_per_asking_segment",),
     ),
     Fault(
         "clipping_to_nothing",
         "the trainer does not clip",
         "        if self.clip_norm is not None:\n",
         "        if False:\n",
-        ("tests/test_training.py::test_clipping_can_be_switched_off",),
+        ("tests/test_training.py::test_trainer_steps_once_per_batch_or_per_asking_segment",),
     ),
     Fault(
         "unasked_answers_count",
@@ -843,7 +841,7 @@ def copy_of(tree: Path, target: Path) -> Path:
 def run_pytest(tree: Path, *arguments: str, limit: float | None = None) -> tuple[int, str]:
     """Exit status and output of pytest in a tree; its own package is the one that the tests import."""
     environment = {**os.environ, **SETTINGS, "PYTHONPATH": str(tree)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(
         command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
     )
@@ -872,6 +870,8 @@ def judged(fault: Fault, tree: Path) -> tuple[str, str]:
         status, output = run_pytest(tree, "-x", "-rf", "--tb=short", *fault.tests, limit=TIME_LIMIT)
     except subprocess.TimeoutExpired:
         return "invalid", f"its tests took more than {TIME_LIMIT:.0f} s"
+    if status == 0 and not re.search(r"\d+ passed", output):
+        return "invalid", f"none of {', '.join(fault.tests)} ran here: {output.strip().splitlines()[-1]}"
     if status == 0:
         return "survived", f"in {found[0].relative_to(tree)}; all of {', '.join(fault.tests)} passed"
     failed = failures(output)
