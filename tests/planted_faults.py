@@ -722,7 +722,7 @@ TRAINING = [
         "gradients of a batch in progress are lost with a checkpoint",
         "parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)",
         "parameter.grad = None",
-        ("tests/test_run.py::test_resuming_from_anywhere_is_bit_for_bit",),
+        ("tests/test_run.py::test_gradients_of_a_batch_in_progress_are_saved",),
     ),
     Fault(
         "checksum_not_compared",
