@@ -12,9 +12,10 @@ ECOSYSTEM := .venv-ecosystem
 TRITON := triton==3.6.0
 DEMO ?=
 FUZZ ?=
+FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ecosystem fuzz test-packages docs gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test test-ecosystem fuzz faults test-packages docs gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -54,6 +55,9 @@ test-ecosystem: $(ECOSYSTEM)/.installed  ## Carry recurrent modules of other pac
 
 fuzz: $(STAMP)  ## Compare 10,000 random cases with BPTT (about ten minutes on two cores); FUZZ='--seed 20000' for others
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --cases 10000 $(FUZZ)
+
+faults: $(STAMP)  ## Plant faults one at a time, list those no test sees (minutes); FAULTS='--only NAME' for one
+	$(BIN)/python -m tests.planted_faults $(FAULTS)
 
 test-packages: $(STAMP)  ## Build sdist and wheels, install them where no compiler is, run README and docs
 	OMP_NUM_THREADS=1 $(BIN)/python tools/test_packages.py

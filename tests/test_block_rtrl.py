@@ -75,7 +75,8 @@ def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
         rtrl.step(cell, x[0], state, out.sum(), *(get_expert_latent_activated(cell, info)[i] for i in (0, 2, 1)))
 
 
-def test_a_loss_on_the_whole_new_state():
+@pytest.mark.parametrize("catch_up", ["auto", "eager", "replay", "product"])
+def test_a_loss_on_the_whole_new_state(catch_up):
     """Copied slots of the new state are old content: the loss reaches slots outside the support."""
     cell, x = model(), inputs(12, 2)
     weights = torch.randn(12, 2, 4, 4, dtype=torch.float64)
@@ -86,7 +87,7 @@ def test_a_loss_on_the_whole_new_state():
     total.backward()
     expected = gradients_of(cell)
     cell.zero_grad()
-    rtrl = BlockRTRL(cell.named_parameters(), 2, 16, len_buffer=4)
+    rtrl = BlockRTRL(cell.named_parameters(), 2, 16, len_buffer=4, catch_up=catch_up)
     h_t = cell.initial_state(2)
     for t in range(12):
         _, info, h_next = cell(x[t], h_t)

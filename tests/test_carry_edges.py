@@ -609,6 +609,34 @@ def test_distributed_data_parallel(options, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_static_graphs_reduce_the_gradients_of_the_loss(tmp_path):
+    """In one process nothing shows in the gradient, so the reduction is watched."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        m, x, reduced = nn.GRUCell(2, H, **F64), inputs(), []
+
+        def watch(_, bucket):
+            reduced.extend(g.clone() for g in bucket.gradients())
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        wrapped = nn.parallel.DistributedDataParallel(m, static_graph=True)
+        wrapped.register_comm_hook(None, watch)
+        carry = Carry(m, verify="always")
+        h = carry(torch.zeros(B, H, **F64))
+        for x_t in x:
+            h = wrapped(x_t, h)
+            loss = loss_of(h)
+            h = carry(h)
+            assert not reduced
+            loss.backward()
+            assert sorted(float(g.sum()) for g in reduced) == sorted(float(p.grad.sum()) for p in m.parameters())
+            reduced.clear()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # Saving, copying.
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_rtrl import CircularTree
-from sparse_rtrl.ops import dispatch
+from sparse_rtrl.ops import dispatch, reference
 from sparse_rtrl.ops.reference import slot_entries
 
 
@@ -55,16 +55,17 @@ def expected_update(P, Jh, write, support, loss_row, streams, groups, deltas, zs
     return out
 
 
+@pytest.mark.parametrize("module", [dispatch, reference], ids=["dispatch", "reference"])
 @pytest.mark.parametrize("with_loss", [True, False])
 @pytest.mark.parametrize("shape", [{}, {"kw": 0}, {"kr": 0}, {"batch": 1, "kw": 5, "kr": 5}, {"slot_size": 1}])
-def test_influence_update(shape, with_loss):
+def test_influence_update(shape, with_loss, module):
     arguments = problem(**shape)
     if not with_loss:
         arguments[4] = None
     expected = expected_update(*arguments)
     P = arguments[0]
     before = P.clone()
-    dispatch.influence_update_(*arguments)
+    module.influence_update_(*arguments)
     torch.testing.assert_close(P, expected, rtol=1e-12, atol=1e-12)
     untouched = [g for g in range(len(P)) if g not in arguments[6].tolist()]
     assert torch.equal(P[untouched], before[untouched])
@@ -82,10 +83,11 @@ def test_influence_update_in_float32_is_as_good_as_dense_float32():
     assert (single[0].double() - exact).norm() <= 2 * dense_error + torch.finfo(torch.float32).eps * exact.norm()
 
 
-def test_loss_row():
+@pytest.mark.parametrize("module", [dispatch, reference], ids=["dispatch", "reference"])
+def test_loss_row(module):
     P = torch.randn(5, 7, 3, dtype=torch.float64)
     before, u, groups = P.clone(), torch.randn(2, 6, dtype=torch.float64), torch.tensor([4, 1])
-    dispatch.loss_row_(P, u, groups)
+    module.loss_row_(P, u, groups)
     for i, g in enumerate(groups.tolist()):
         torch.testing.assert_close(P[g, -1], before[g, -1] + u[i] @ before[g, :-1])
     assert torch.equal(P[:, :-1], before[:, :-1]) and torch.equal(P[[0, 2, 3]], before[[0, 2, 3]])

@@ -56,10 +56,16 @@ def assert_node(node, product, u):
 
 
 @pytest.mark.parametrize("levels", [None, 0, 1])
-@pytest.mark.parametrize("capacity", [1, 2, 4, 5, 7, 8, 64])
-def test_every_suffix_over_three_wraps(capacity, levels):
+@pytest.mark.parametrize(
+    ("capacity", "backend"),
+    [
+        *((capacity, "auto") for capacity in (1, 2, 4, 5, 7, 8, 64)),
+        *((capacity, "reference") for capacity in (1, 5, 8)),
+    ],
+)
+def test_every_suffix_over_three_wraps(capacity, backend, levels):
     generator = torch.Generator().manual_seed(capacity)
-    tree, dense = CircularTree(capacity, 2, SLOTS, SIZE, torch.float64, levels=levels), Dense(2)
+    tree, dense = CircularTree(capacity, 2, SLOTS, SIZE, torch.float64, levels=levels, backend=backend), Dense(2)
     for step in range(3 * capacity + 5):
         segment = random_segment(2, generator)
         tree.append(*segment)
