@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
-from sparse_rtrl.environment import describe_environment
-from sparse_rtrl.measurement import peak_growth
+from sparse_rtrl.cli.environment import describe_environment
+from sparse_rtrl.cli.measurement import peak_growth
 from torch import Tensor, nn
 from training_runs import commit
 
