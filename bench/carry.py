@@ -4,7 +4,9 @@
 ``nn.RNNCell`` or ``nn.GRUCell`` with a loss at every step. The textbook keeps the whole influence matrix and moves it
 at every step with ``torch.baddbmm``, Jacobians written by hand, no allocation in the loop. Contestants alternate;
 medians of blocks of steps. Every gradient is compared with BPTT through the whole past in float64 in the same run, and
-``--memory`` adds the peak memory of each, in a process of its own. Rows are added to ``--out``; ``--plot`` draws them.
+``--memory`` adds the peak memory of each, in a process of its own. ``--verify`` adds ``Carry`` that compares no segment
+with an ordinary backward pass, and one that compares every segment; by default it is one in 64. Rows are added to
+``--out``; ``--plot`` draws them.
 """
 
 from __future__ import annotations
@@ -106,9 +108,10 @@ class Textbook:
 class Loop:
     """A segment-wise training loop around ``nn.RNNCell`` or ``nn.GRUCell``, with ``Carry`` or with ``detach``."""
 
-    def __init__(self, cell: nn.Module, batch: int, segment: int, carried: bool) -> None:
+    def __init__(self, cell: nn.Module, batch: int, segment: int, kind: str) -> None:
         self.cell, self.length = cell, segment
-        self.carry = Carry(cell) if carried else torch.Tensor.detach
+        verify = kind.partition("-")[2] or "sample"
+        self.carry = torch.Tensor.detach if kind == "tbptt" else Carry(cell, verify=verify)
         self.h = self.carry(torch.zeros(batch, cell.hidden_size))
 
     def segment(self, stream: Stream, t: int) -> None:
@@ -133,9 +136,7 @@ class Contestant:
         self.kind, self.length = kind, length
         self.cell = CELLS[cell](INPUT, hidden)
         self.stream = Stream(batch, hidden)
-        self.runner = (
-            Textbook(self.cell, batch) if kind == "textbook" else Loop(self.cell, batch, length, kind == "carry")
-        )
+        self.runner = Textbook(self.cell, batch) if kind == "textbook" else Loop(self.cell, batch, length, kind)
         self.t = 0
         self.times: list[float] = []
 
@@ -164,10 +165,13 @@ class Contestant:
         return float((self.runner.gradient - expected).norm() / expected.norm())
 
 
-def contestants(segments: tuple[int, ...]) -> Iterator[tuple[str, int]]:
+def contestants(segments: tuple[int, ...], verify: bool = False) -> Iterator[tuple[str, int]]:
     yield "textbook", 1
     for length in segments:
         yield "carry", length
+        if verify:
+            yield "carry-never", length
+            yield "carry-always", length
         yield "tbptt", length
 
 
@@ -179,7 +183,7 @@ def predicted(kind: str, length: int, hidden: int) -> float:
     """Multiply-adds per step and parameter: ``H^2`` for the textbook, ``2 H + H^2 / n`` for a segment."""
     if kind == "textbook":
         return hidden**2 + hidden
-    return 2 * hidden + hidden**2 / length if kind == "carry" else 1.0
+    return 2 * hidden + hidden**2 / length if kind.startswith("carry") else 1.0
 
 
 def block_steps(kind: str, length: int, flops: float) -> int:
@@ -192,7 +196,7 @@ def block_steps(kind: str, length: int, flops: float) -> int:
 def measure(cell: str, hidden: int, batch: int, options: argparse.Namespace) -> list[dict]:
     """Check every contestant, then time them in turn."""
     entries, rows = [], []
-    for kind, length in contestants(options.segments):
+    for kind, length in contestants(options.segments, getattr(options, "verify", False)):
         entry = Contestant(kind, length, cell, hidden, batch)
         flops = batch * columns(cell, hidden) * predicted(kind, length, hidden)
         block = block_steps(kind, length, flops)
@@ -250,7 +254,7 @@ def show(rows: list[dict]) -> None:
         formula = book["predicted_multiply_adds"] / row["predicted_multiply_adds"]
         memory = row.get("peak_bytes", float("nan")) / row["influence_bytes"]
         print(
-            f"{row['cell']:6}{row['hidden']:6}{row['batch']:6}  {row['kind']:9}{row['segment']:8}"
+            f"{row['cell']:6}{row['hidden']:6}{row['batch']:6}  {row['kind']:13}{row['segment']:4}"
             f"{row['microseconds_per_step']:10.1f}{speed:13.2f}{formula:9.1f}{memory:16.2f}{row['relative_error']:9.0e}"
         )
 
@@ -308,6 +312,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="most blocks per contestant")
     parser.add_argument("--seconds", type=float, default=4.0, help="stop timing a contestant after so long")
     parser.add_argument("--memory", action="store_true", help="add peak memory to the rows in --out, a process each")
+    parser.add_argument("--verify", action="store_true", help="add the cost of comparing no and every segment")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)

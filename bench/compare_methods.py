@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sparse_rtrl import RTRL, Routing, SlotMoECell, estimate
+from sparse_rtrl.capture.verify import Verify
 from sparse_rtrl.cells.slot_cell import gather_slots, scatter_slots
 from sparse_rtrl.training.baselines import DenseJacobianRTRL
 from sparse_rtrl.training.tasks import Batch
@@ -209,10 +210,11 @@ class SparseRTRL(Method):
     """The learner in segments, one influence update for each."""
 
     segment: int = 1
+    verify: Verify = "sample"
 
     def __init__(self, config: str, batch: int) -> None:
         super().__init__(config, batch)
-        self.learner = RTRL(self.cell, batch, commit_every=self.segment)
+        self.learner = RTRL(self.cell, batch, commit_every=self.segment, verify=self.verify)
 
     def steps(self, stream: Stream, length: int) -> Iterator[int]:
         self.learner.reset()
@@ -238,6 +240,18 @@ class SparseRTRL64(SparseRTRL):
     """Segments of 64 steps."""
 
     segment = 64
+
+
+class UnverifiedRTRL(SparseRTRL64):
+    """Segments of 64 steps, none of them compared with an ordinary backward pass."""
+
+    verify = "never"
+
+
+class VerifiedRTRL(SparseRTRL64):
+    """Segments of 64 steps, each of them compared with an ordinary backward pass."""
+
+    verify = "always"
 
 
 class SuggestedRTRL(SparseRTRL):
@@ -283,6 +297,8 @@ METHODS: dict[str, type[Method]] = {
     "rtrl-1": SparseRTRL,
     "rtrl-8": SparseRTRL8,
     "rtrl-64": SparseRTRL64,
+    "rtrl-64-unverified": UnverifiedRTRL,
+    "rtrl-64-verified": VerifiedRTRL,
     "rtrl-suggested": SuggestedRTRL,
     "rtrl-token": TokenRTRL,
     "rtrl-64-user-cell": UserRTRL,

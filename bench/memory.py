@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 import torch
-from sparse_rtrl.cli.environment import describe_environment
-from sparse_rtrl.cli.measurement import peak_growth
 from torch import Tensor, nn
 from training_runs import commit
 
 from sparse_rtrl import Carry
+from sparse_rtrl.cli.environment import describe_environment
+from sparse_rtrl.cli.measurement import peak_growth
 
 METHODS = ("carry", "bptt", "tbptt")
 INPUT = 8
