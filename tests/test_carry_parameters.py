@@ -285,5 +285,5 @@ def test_a_state_that_changes_its_size_is_refused():
     _, h = model(x[:1], carry(model.initial(2)))
     h = carry(h)
     _, h = model(x[1:2], h)
-    with pytest.raises(ValueError, match=r"state must keep its size.*\(2, 5\).*got \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"state must keep its size.*\(2, 5\).*this one \(3, 5\)"):
         carry(torch.cat((h, h[:1])))

@@ -137,7 +137,7 @@ class ChainCapture:
         It does not where a gradient is zero, as that of a weight that multiplies a state of zeros.
         """
         generator = torch.Generator(device="cpu").manual_seed(0)
-        c = torch.randn(end.shape, generator=generator, dtype=torch.float64).to(end)
+        c = torch.randn(end.shape, device="cpu", generator=generator, dtype=torch.float64).to(end)
         inputs = [entry, *parameters]
         wanted = [i for i in inputs if i.requires_grad]
         # Larger than gradients are, so that a hook that clips them shows; a power of two scales exactly.

@@ -170,7 +170,7 @@ def derivatives(
         if read:
             raise ContractError(read)
         if mixing:
-            weights = 0.5 + torch.rand(new.shape, generator=torch.Generator().manual_seed(0))
+            weights = 0.5 + torch.rand(new.shape, device="cpu", generator=torch.Generator().manual_seed(0))
             expected = diagonals(new, leaves, weights.to(new), retain_graph=True)
         found = diagonals(new, leaves)
         if mixing and any(differs(a, b) for a, b in zip(found, expected, strict=True)):
@@ -283,7 +283,7 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
     like = cell.zero_rows(rows)
 
     def random(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype).to(like.device)
+        return torch.randn(shape, device="cpu", generator=generator, dtype=dtype).to(like.device)
 
     x = random(like.shape, like.dtype)
     projections = tuple(cell.project(x))
@@ -294,7 +294,7 @@ def find_layouts(cell: DiagonalCell) -> list[Layout | None]:
     for projection in projections:
         value = projection.value.detach()
         # Away from initial values, which may agree where later ones do not.
-        noise = torch.rand(value.shape, generator=generator, dtype=like.dtype).to(value.device)
+        noise = torch.rand(value.shape, device="cpu", generator=generator, dtype=like.dtype).to(value.device)
         values.append((value * (1 - 0.5 * noise) + 0.01 * noise).expand(before.shape).requires_grad_())
     new = cell.step(before, *values)
     if not isinstance(new, Tensor) or new.shape != before.shape or new.dtype != before.dtype:
@@ -321,7 +321,7 @@ def check_rows(cell: DiagonalCell, batch_size: int) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = max(3, min(batch_size, 16))
     like = cell.zero_rows(rows)
-    x = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    x = torch.randn(like.shape, device="cpu", generator=generator, dtype=like.dtype).to(like.device)
     initial = cell.initial_entries(batch_size)[:1].to(cell.zero_entries(0).dtype)
 
     def run(x: Tensor) -> dict[str, list[Tensor]]:

@@ -138,7 +138,7 @@ class GraphCapture:
         kept = self._coefficients
         if kept is None or kept.shape != (batch, count) or kept.dtype != like.dtype or kept.device != like.device:
             generator = torch.Generator().manual_seed(0)
-            drawn = torch.randn(batch, count, generator=generator, dtype=torch.float64)
+            drawn = torch.randn(batch, count, device="cpu", generator=generator, dtype=torch.float64)
             kept = self._coefficients = PROBE_SCALE * drawn.to(like)
         return kept
 
@@ -240,8 +240,8 @@ class GraphCapture:
         batch, count = end.shape[0], len(cotangents)
         numbers = sorted({rows.use.parameter for rows in rows_of})
         generator = torch.Generator(device="cpu").manual_seed(0)
-        c = torch.randn(batch, count, generator=generator, dtype=torch.float64)
-        silent = torch.randperm(batch, generator=generator)[: batch // 2]
+        c = torch.randn(batch, count, device="cpu", generator=generator, dtype=torch.float64)
+        silent = torch.randperm(batch, device="cpu", generator=generator)[: batch // 2]
         c[silent] = 0
         c = c.to(end)
         v = torch.einsum("bn,nbh->bh", c, cotangents)
@@ -287,7 +287,21 @@ class GraphCapture:
         count, batch, hidden = cotangents.shape
         single = torch.eye(batch, dtype=end.dtype, device=end.device).unsqueeze(-1)  # (stream, B, 1)
         rows = (single.unsqueeze(1) * cotangents).view(batch * count, batch, hidden)
-        grads = _batched_grad(end, [parameters[number] for number in numbers], rows, graph)
+        weights = self._coefficients_for(batch, count, end).flatten()
+        probe = torch.einsum("n,nbh->bh", weights, rows)
+        inputs = [parameters[number] for number in numbers]
+        grads = _batched_grad(end, inputs, torch.cat((rows, probe.unsqueeze(0))), graph)
+        if _overflows(grads):
+            weights, probe = weights / PROBE_SCALE, probe / PROBE_SCALE
+            grads = _batched_grad(end, inputs, torch.cat((rows, probe.unsqueeze(0))), graph)
+        tolerance = Tolerance(end, grads, graph)
+        for grad in grads:
+            if grad is not None and grad.numel():
+                real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+                flat = real.reshape(len(real), -1).to(end.dtype)
+                if not tolerance.explains(_disagreement(flat.unsqueeze(0), weights.unsqueeze(0), tolerance)):
+                    _check_linear(end, inputs, probe, grads, tolerance)
+        grads = [None if grad is None else grad[:-1] for grad in grads]
         pairs = [torch.view_as_real(g.resolve_conj()) if g is not None and g.is_complex() else g for g in grads]
         return [
             (number, Factor(0, grad.reshape(batch, count, 1, -1).to(end.dtype), None))

@@ -182,7 +182,7 @@ class JacobianCapture:
                 wrong = self._disagreeing(step, x, state, routing, tensors, tolerance)
                 # At a state of zeros, where streams begin, a weight that multiplies the state shows nothing.
                 generator = torch.Generator(device="cpu").manual_seed(1)
-                probe = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)
+                probe = torch.randn(state.shape, device="cpu", generator=generator, dtype=torch.float64).to(state)
                 probed, probed_signature, tolerance = self._captured(x, probe, routing, tensors, tracked, None, None)
                 if probed_signature == signature:
                     wrong |= self._disagreeing(probed, x, probe, routing, tensors, tolerance)
@@ -452,7 +452,9 @@ class JacobianCapture:
         key = (batch, width, like.dtype, like.device)
         if key not in self._weights:
             generator = torch.Generator(device="cpu").manual_seed(4)
-            self._weights[key] = torch.randn(batch, width, generator=generator, dtype=torch.float64).to(like)
+            self._weights[key] = torch.randn(batch, width, device="cpu", generator=generator, dtype=torch.float64).to(
+                like
+            )
         return self._weights[key]
 
     def _dense(
@@ -526,7 +528,7 @@ class JacobianCapture:
             if bool(_differs(captured, ran, 1, tolerance)):
                 raise ContractError(["transition must return the written slots that update returns first; they differ"])
             generator = torch.Generator(device="cpu").manual_seed(2)
-            noise = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)
+            noise = torch.randn(state.shape, device="cpu", generator=generator, dtype=torch.float64).to(state)
             near = state * (1 + 4 * torch.finfo(state.dtype).eps * noise)
             moved = (self.cell.transition(x, *parts(near), routing) - ran).abs().amax()
         error = (content.unflatten(0, (len(ran), -1)) - ran.unsqueeze(1)).abs().flatten(1).amax(1)
@@ -549,7 +551,7 @@ class JacobianCapture:
             h_read, h_write = (p.clone() for p in h.split((routing.read.shape[1], routing.write.shape[1]), dim=1))
             content = self.cell.transition(x, h_read, h_write, routing)
             generator = torch.Generator(device="cpu").manual_seed(0)
-            cotangent = torch.randn(content.shape, generator=generator, dtype=torch.float64).to(content)
+            cotangent = torch.randn(content.shape, device="cpu", generator=generator, dtype=torch.float64).to(content)
             refuse_untracked(content, [h, *tensors], self.cell)
             of_h, *truth = gradients(content, [h, *(t for _, t in used)], cotangent)
         v = cotangent.to(step.Jh.dtype).flatten(1)
@@ -653,7 +655,7 @@ def without_hooks(groups: ParameterGroups) -> Iterator[None]:
 def nearby(state: Tensor) -> Tensor:
     """A state a thousandth away, ``(B, S, D)``."""
     generator = torch.Generator(device="cpu").manual_seed(3)
-    return state + 1e-3 * torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)
+    return state + 1e-3 * torch.randn(state.shape, device="cpu", generator=generator, dtype=torch.float64).to(state)
 
 
 def _gather_support(state: Tensor, routing: Routing) -> Tensor:

@@ -255,7 +255,7 @@ def _use(operand: _Operand, node: GraphNode, name: str, position: int, batch: in
         return _channelwise(operand, node, x_hat, batch)
     if name == "ConvolutionBackward0":
         return _channelwise(operand, node, 1.0, batch) if position == 2 else _convolution(operand, node, batch)
-    if name == "EmbeddingBackward0":
+    if name == "EmbeddingBackward0" and not node._saved_scale_grad_by_freq:
         return _embedding(operand, node, batch)
     return None
 

@@ -17,8 +17,9 @@ Verify: TypeAlias = Literal["sample", "always", "never"] | int
 SAMPLE = 64
 """``"sample"`` compares one segment in this many, on average."""
 
-PROBE_SCALE = 2.0**20
-"""What a probe of the backward pass is scaled by; a power of two, so that a linear one scales exactly."""
+PROBE_SCALE = -(2.0**20)
+"""What a probe of the backward pass is scaled by: a power of two, so that a linear one scales exactly, and negative, so
+that one which looks at the sign shows too."""
 
 STATE = "the state"
 OTHER_STREAMS = "the states of other streams"
@@ -49,9 +50,10 @@ class Verifier:
         self.verify = verify
         self._one_in = verify if isinstance(verify, int) else {"sample": SAMPLE, "always": 1, "never": 0}[verify]
         self._generator = torch.Generator().manual_seed(0)
+        self._source = self._generator
         self._pending: list[tuple[Tensor, list[str], int, int, str]] = []
         self.compared = 0
-        """How many segments were compared."""
+        """How many segments were drawn and compared."""
         self._hooks = 0
         self.ignore_hooks()
 
@@ -70,12 +72,14 @@ class Verifier:
         self.ignore_hooks()
         drawn = self._one_in == 1
         if self._one_in > 1:
-            drawn = int(torch.randint(self._one_in, (), generator=self._generator)) == 0
+            drawn = int(torch.randint(self._one_in, (), device="cpu", generator=self._generator)) == 0
+        # What is compared because of hooks must not change what is drawn later: hooks differ when a run is resumed.
+        self._source = self._generator if drawn or not hooked else torch.Generator(device="cpu").manual_seed(1)
         return drawn or hooked
 
     def choose(self, count: int) -> int:
         """Draw one of ``count`` steps."""
-        return int(torch.randint(count, (), generator=self._generator))
+        return int(torch.randint(count, (), device="cpu", generator=self._source))
 
     def cotangent(self, state: Tensor) -> tuple[int, Tensor]:
         """A randomly chosen stream, and a random cotangent that is zero for all others.
@@ -88,10 +92,10 @@ class Verifier:
         Returns:
             Index of the stream, and the cotangent, shaped like ``state``.
         """
-        stream = int(torch.randint(state.shape[0], (), generator=self._generator))
+        stream = int(torch.randint(state.shape[0], (), device="cpu", generator=self._source))
         real = state.dtype.to_real() if state.is_complex() else state.dtype
         shape = (*state.shape[1:], 2) if state.is_complex() else state.shape[1:]
-        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(state.device, real)
+        drawn = torch.randn(shape, device="cpu", generator=self._source, dtype=torch.float64).to(state.device, real)
         out = torch.zeros_like(state, requires_grad=False)
         out[stream] = PROBE_SCALE * (torch.view_as_complex(drawn) if state.is_complex() else drawn)
         return stream, out
@@ -120,7 +124,7 @@ class Verifier:
         Raises:
             DisagreementError: naming step, stream and values; on a CUDA device not before :meth:`settle`.
         """
-        self.compared += 1
+        self.compared += self._source is self._generator
         names = list(expected)
         if not names:
             return

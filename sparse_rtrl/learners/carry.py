@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,14 +34,26 @@ class _Entry:
         self.carry = carry
         self.index = index
         self.selected = selected
+        self.tensors = tensors
         self.trainable = [tensor.requires_grad for tensor in tensors]
         self.used = False
         self.before: list[Tensor] = []
         """The parameters when a loss went back through a segment that was still open."""
+        self.time = 0
+        """When that was, as autograd counts."""
+        self.thread = threading.get_ident()  # autograd counts in every thread by itself
 
-    def check_unchanged(self) -> None:
-        """Refuse a segment whose parameters changed after its backward pass: its graph is no longer what ran."""
-        for parameter, before in zip(self.selected, self.before, strict=False):
+    def check_unchanged(self, graph: SegmentGraph) -> None:
+        """Refuse a segment whose parameters are others than its graph or its entry was made with."""
+        for parameter, tensor in zip(self.selected, self.tensors, strict=True):
+            if getattr(parameter.module, parameter.attribute, None) is not tensor:
+                raise RuntimeError(
+                    f"{parameter.name} was removed, or replaced by another object, after carry had returned the state"
+                    " of this segment: do it before h = carry(h), and after it make a new Carry if names change"
+                )
+        # A loss of what carry returned may go backwards before the segment runs, and its parameters change then.
+        ran_before = any(0 < node._sequence_nr() < self.time for node in graph.nodes if hasattr(node, "_sequence_nr"))
+        for parameter, before in zip(self.selected, self.before if ran_before else [], strict=False):
             if not torch.equal(parameter.tensor.detach(), before):
                 raise RuntimeError(
                     f"{parameter.name} changed before carry was called: call h = carry(h) right after the forward pass,"
@@ -60,9 +73,16 @@ class _Entry:
                     " through the past has nowhere to go: unfreeze parameters before h = carry(h)"
                 )
         self.used = True
-        if self.index == self.carry._past.segments:
+        if self.index == self.carry._past.segments and threading.get_ident() == self.thread:
+            self.time = _time()
             self.before = [p.tensor.detach().clone() for p in self.selected]
         return [_as_gradient(found[p.name], p.tensor) if p.name in found else None for p in self.selected]
+
+
+def _time() -> int:
+    """The number of the node that autograd makes next."""
+    with torch.enable_grad():
+        return int(torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr())  # type: ignore[union-attr]
 
 
 def _as_gradient(gradient: Tensor, tensor: Tensor) -> Tensor:
@@ -178,6 +198,8 @@ class Carry:
         self._hidden = HiddenStates(module)
         self._resumed = False
         """Whether the influence is that of the state which comes next, so that its graph has been captured before."""
+        self._saved_entry: Tensor | None = None
+        """That state, ``(B, H)``."""
 
     @torch.compiler.disable(reason="carry reads the autograd graph that the segment left behind")
     def __call__(self, state: Any) -> Any:
@@ -207,6 +229,7 @@ class Carry:
         end = self._flat(leaves)
         selected = self._selected()
         self._check_shapes(selected)
+        self._check_resumed(end)
         if self.method != "truncated":
             if self._entry is not None or (end.requires_grad and not self._resumed):
                 self._capture_segment(end, self._entry, selected)
@@ -238,7 +261,7 @@ class Carry:
             self._past.reset(checked_mask(streams, like.shape[0], like.device))
         if streams is None:
             self._entry = self._opened = None
-            self._resumed = False
+            self._resumed, self._saved_entry = False, None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Call :meth:`flush` before every step of an optimizer.
@@ -329,12 +352,15 @@ class Carry:
         """Everything but the graph of the segment that is open: a copy goes on with ``h = carry(h)``."""
         self._verifier.settle()
         resumed = self._resumed or self._entry is not None
+        saved = self._saved_entry if self._entry is None else self._entry.detach().clone()
         self._hidden.forget()
-        return {**vars(self), "_entry": None, "_opened": None, "_resumed": resumed}
+        return {**vars(self), "_entry": None, "_opened": None, "_resumed": resumed, "_saved_entry": saved}
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, after committing. Resume with it and ``h = carry(h)`` on the saved state."""
-        return {"version": 1, "started": self._entry is not None, **self._past.state_dict()}
+        entry = self._saved_entry if self._entry is None else self._entry.detach().clone()
+        started = self._resumed or self._entry is not None
+        return {"version": 1, "started": started, "entry": entry if started else None, **self._past.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -342,11 +368,13 @@ class Carry:
         Raises:
             ValueError: if it does not fit the module or the method.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"state must be of version 1, got {state.get('version')!r}")
+        if not isinstance(state, Mapping) or state.get("version") != 1:
+            version = state.get("version") if isinstance(state, Mapping) else state
+            raise ValueError(f"state must be of version 1, got {version!r}")
         self._past.load_state_dict(state, self._selected())
         self._entry = self._opened = None
         self._resumed = state.get("started", state["like"] is not None)
+        self._saved_entry = state.get("entry")
 
     def _flat(self, leaves: list[Any]) -> Tensor:
         """The floating-point tensors of a state side by side, ``(B, H)``, at least float32; complex ones as pairs."""
@@ -393,7 +421,7 @@ class Carry:
             )
         self._check_reached(graph)
         if self._opened is not None:
-            self._opened.check_unchanged()
+            self._opened.check_unchanged(graph)
         if entry is not None and entry.shape != end.shape:
             raise ValueError(
                 f"state must keep its size (B, H): the state that carry returned last has {tuple(entry.shape)} numbers,"
@@ -455,6 +483,15 @@ class Carry:
                     " module given to Carry: give Carry a module that holds it, or detach what is computed from it. (A"
                     " first state that a module makes by itself with requires_grad=True is such a tensor: give it one)"
                 )
+
+    def _check_resumed(self, end: Tensor) -> None:
+        """Refuse a first state after loading or copying that is not the saved one: a segment would be lost."""
+        saved = self._saved_entry if self._resumed else None
+        if saved is not None and not torch.equal(end.detach(), saved.to(end.device)):
+            raise RuntimeError(
+                "the influence that was loaded or copied belongs to another state: call h = carry(h) with the saved"
+                " state before the next step, or carry.reset() before a new sequence"
+            )
 
     def _check_shapes(self, selected: list[RecurrentParameter]) -> None:
         """Refuse parameters whose shape changed since they are carried."""

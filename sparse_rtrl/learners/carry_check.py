@@ -88,7 +88,12 @@ def _run(end_segment: Callable[[Any], Any], step: Step, xs: Sequence[Any], h: An
         loss: Tensor | float = 0.0
         for part in parts:
             real = torch.view_as_real(part) if part.is_complex() else part
-            loss = loss + (real * torch.randn(real.shape, generator=generator, dtype=torch.float64).to(real)).sum()
+            loss = (
+                loss
+                + (
+                    real * torch.randn(real.shape, device="cpu", generator=generator, dtype=torch.float64).to(real)
+                ).sum()
+            )
         h = end_segment(h)
         if end_segment is _stay:
             whole = whole + loss

@@ -118,7 +118,8 @@ def _parameter_violations(
     in_banks = {id(p) for m in cell.modules() if isinstance(m, ExpertBank) for p in m.parameters()}
     generator = torch.Generator(device="cpu").manual_seed(0)
     of_state, of_output = (
-        torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value) for value in (new, output)
+        torch.randn(value.shape, device="cpu", generator=generator, dtype=torch.float64).to(value)
+        for value in (new, output)
     )
 
     def gradients(value: Tensor, cotangent: Tensor) -> list[Tensor]:
@@ -212,6 +213,6 @@ def _reached(value: Tensor, named: list[tuple[str, nn.Parameter]]) -> set[str]:
     if not value.requires_grad:
         return set()
     generator = torch.Generator(device="cpu").manual_seed(0)
-    cotangent = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+    cotangent = torch.randn(value.shape, device="cpu", generator=generator, dtype=value.dtype).to(value.device)
     found = torch.autograd.grad(value, [p for _, p in named], cotangent, retain_graph=True, allow_unused=True)
     return {name for (name, _), gradient in zip(named, found, strict=True) if gradient is not None and gradient.any()}

@@ -103,6 +103,8 @@ class Engine:
         with torch.no_grad():
             tensors = self.tensors()
         self._expected = [(t.shape, t.dtype, t.device) for t in tensors]
+        self._effective: dict[str, tuple[list[Tensor], Tensor]] = {}
+        """Of each parametrized tensor, what it was made of the last time, and what it was."""
         like = tensors[0]
         check_memory(self.groups, self.cell.hidden_size, self.batch_size, like)
         self.dtype, self.device = like.dtype, like.device
@@ -133,6 +135,7 @@ class Engine:
 
         Raises:
             RuntimeError: if a parameter changed its shape, dtype or device.
+            ContractError: if a parametrization is not the function of its parameters that it was before.
         """
         if any(p.requires_grad for p in self._frozen):
             self._unfreeze()
@@ -144,7 +147,30 @@ class Engine:
                     f"parameter {parameter.name} was {describe(*expected)} when the learner was built and is"
                     f" {describe(*now)} now: build a new learner after changing a cell"
                 )
+        self._check_parametrizations(tensors)
         return tensors
+
+    @torch.no_grad()
+    def _check_parametrizations(self, tensors: list[Tensor]) -> None:
+        """Refuse parametrizations that change by themselves: their past values have no way back to the parameters."""
+        for parameter, tensor in zip(self.groups.all, tensors, strict=True):
+            if not parametrize.is_parametrized(parameter.module, parameter.attribute):
+                continue
+            sources = [source.detach().clone() for source in parameter.sources]
+            again = parameter.module.parametrizations[parameter.attribute]()  # type: ignore[index, union-attr]
+            before = self._effective.get(parameter.name)
+            self._effective[parameter.name] = sources, tensor.detach().clone()
+            same = before is not None and all(map(torch.equal, before[0], sources))
+            compared = [again, *([before[1]] if before is not None and same else [])]
+            scale = float(tensor.abs().max()) if tensor.numel() else 0.0
+            if any(float((tensor - other).abs().max()) > tolerance_of(tensor.dtype) * scale for other in compared):
+                raise ContractError(
+                    [
+                        f"the parametrization of {parameter.name} gives another value for the same parameters: it draws"
+                        " random numbers, or a number in it changes. Its influence would be that of another function;"
+                        " carry the cell with Carry, which captures each step as it ran"
+                    ]
+                )
 
     def _unfreeze(self) -> None:
         names = [
@@ -195,7 +221,7 @@ class Engine:
         batch, hidden = self.batch_size, self.cell.hidden_size
         wanted = [t for t in tensors if t.requires_grad]
         generator = torch.Generator(device="cpu").manual_seed(0)
-        cotangent = torch.randn(initial.shape, generator=generator, dtype=torch.float64).to(initial)
+        cotangent = torch.randn(initial.shape, device="cpu", generator=generator, dtype=torch.float64).to(initial)
         truth = gradients(initial, wanted, cotangent, retain_graph=True)
         rows = gradients_of_rows(self.cell.initial_state(1), wanted, 1)
         v = cotangent.flatten(1).sum(0)

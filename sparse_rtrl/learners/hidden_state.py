@@ -90,6 +90,8 @@ def _tensors_of(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for attribute, value in [*vars(owner).items(), *owner._buffers.items()]:
         if attribute in _MODULE_FIELDS or value is None:
             continue
+        if any(f"{attribute}_{part}" in owner._parameters for part in ("orig", "g", "v")):
+            continue  # a weight that weight_norm, spectral_norm or prune makes anew from its parameters
         if isinstance(value, Tensor):
             yield attribute, value
         elif isinstance(value, (tuple, list, dict)):

@@ -506,6 +506,11 @@ class LearningEngine(Protocol):
 
     batch_size: int
     device: torch.device
+    cell: Any
+
+
+_CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Hooks that run when a module is called."""
 
 
 def check_learning_input(xs: Tensor, engine: LearningEngine) -> None:
@@ -513,8 +518,16 @@ def check_learning_input(xs: Tensor, engine: LearningEngine) -> None:
 
     Raises:
         RuntimeError: under ``no_grad``.
+        ContractError: if the cell has hooks that only a call of it would run.
         ValueError: on anything else.
     """
+    if any(getattr(engine.cell, name) for name in _CALL_HOOKS):
+        raise ContractError(
+            [
+                "the cell has hooks of its own (as weight_norm, spectral_norm or prune of torch.nn.utils make), but a"
+                " learner runs its parts and never calls it: put them on a submodule, or take a parametrization"
+            ]
+        )
     if not isinstance(xs, Tensor) or xs.dim() < 2:
         raise ValueError(f"x must be a tensor (B, ...), got {_kind(xs[0] if isinstance(xs, Tensor) else xs)}")
     if not torch.is_grad_enabled():

@@ -408,7 +408,7 @@ def _leaves(tensor: Tensor, past: GraphNode) -> list[Tensor]:
 
 
 def _random_like(tensor: Tensor) -> Tensor:
-    drawn = torch.randn(tensor.shape, dtype=tensor.dtype, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(tensor.shape, dtype=tensor.dtype, device="cpu", generator=torch.Generator().manual_seed(0))
     return drawn.to(tensor.device)
 
 

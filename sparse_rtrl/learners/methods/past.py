@@ -198,6 +198,7 @@ class Past(ABC):
             "method": self.name,
             "segments": self.segments,
             "names": [p.name for p in self.parameters],
+            "shapes": [tuple(p.shape) for p in self.parameters],
             "like": None if like is None else like.clone(),
             "kept": None if like is None else self._save(),
         }
@@ -208,12 +209,32 @@ class Past(ABC):
         Raises:
             ValueError: if it is of another method or of other parameters; nothing is changed then.
         """
+        missing = {"method", "segments", "names", "like", "kept"} - set(state)
+        if missing:
+            raise ValueError(f"state lacks {sorted(missing)}")
         if state["method"] != self.name:
             raise ValueError(f"state must be of method {self.name!r}, got {state['method']!r}")
         by_name = {p.name: p for p in selected}
         unknown = [name for name in state["names"] if name not in by_name]
         if unknown:
             raise ValueError(f"state holds the influence of {unknown}, which the module does not have or not carry")
+        shapes = state.get("shapes", [tuple(by_name[name].shape) for name in state["names"]])
+        for name, shape in zip(state["names"], shapes, strict=True):
+            if tuple(by_name[name].shape) != tuple(shape):
+                raise ValueError(
+                    f"state holds the influence of {name} of shape {tuple(shape)}, the module's has"
+                    f" {tuple(by_name[name].shape)}"
+                )
+        before = dict(vars(self))
+        try:
+            self._restore(state, by_name)
+        except Exception:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    def _restore(self, state: dict[str, Any], by_name: dict[str, RecurrentParameter]) -> None:
+        """Replace everything by a saved state; what was kept before is let go, not written to."""
         like = state["like"]
         self.parameters = []
         self.like = None
