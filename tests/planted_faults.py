@@ -427,7 +427,14 @@ ENGINE = [
         "BlockRTRL takes a state that is not the one the step ran with",
         "if not torch.equal(scatter_slots(entered, routing.write, ran), after):",
         "if False:",
-        ("tests/test_block_rtrl.py::test_a_step_with_other_inputs_is_refused",),
+        ("tests/test_block_rtrl.py::test_a_first_step_with_another_state_is_refused",),
+    ),
+    Fault(
+        "block_rtrl_forgotten_reset",
+        "BlockRTRL carries the influence of another state into a stream that starts anew",
+        "        self._check_entered(entered)\n",
+        "",
+        ("tests/test_block_rtrl.py::test_a_stream_that_starts_anew_needs_a_reset",),
     ),
 ]
 

@@ -216,6 +216,22 @@ def test_a_router_that_draws_is_not_asked_again(passed):
     assert worst_error(found, bptt(cell, x, c, routings=routings)) <= 1e-12
 
 
+def test_a_first_step_with_another_state_is_refused():
+    """Nothing is known of the step before, but slots that are not written must be those of info['h_next']."""
+    torch.manual_seed(0)
+    cell, x = model(), inputs(1, 3)
+    h_t = torch.randn(3, 4, 4, dtype=torch.float64)
+    _, info, _ = cell(x[0], h_t)
+    active, write, read = get_expert_latent_activated(cell, info)
+    untouched = torch.ones(3, 4, 1, dtype=torch.float64)
+    for index in ("idx_slots_write", "idx_slots_read"):
+        untouched.scatter_(1, info[index].unsqueeze(-1), 0)
+    assert untouched.any()
+    rtrl = BlockRTRL(dict(cell.named_parameters()), 3, cell.hidden_size, 4)
+    with pytest.raises(ContractError, match="not the state that the model ran with"):
+        rtrl.step(cell, x[0], h_t.detach() + 0.1 * untouched, None, active, read, write)
+
+
 @pytest.mark.parametrize("change", ["x", "state", "unwritten", "weights", "info"])
 def test_a_step_with_other_inputs_is_refused(change):
     cell, x = model(), inputs(4, 3)
