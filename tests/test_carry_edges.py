@@ -9,6 +9,7 @@ import torch
 from carry_oracle import EXACT, F64
 from oracle import worst_error
 from torch import nn
+from torch.nn.utils import prune
 
 from sparse_rtrl import Carry, ContractError
 from sparse_rtrl.errors import DisagreementError
@@ -783,6 +784,141 @@ def test_check_compares_with_bptt():
     assert m.weight_hh.grad is kept and carry._past.segments == 0
     with pytest.raises(ContractError, match=r"differs from backpropagation through the whole past: weight_ih by"):
         Carry(m, method="truncated").check(lambda x_t, h: m(x_t, h), x, torch.zeros(B, H, **F64))
+
+
+def test_a_refused_state_changes_nothing():
+    m, x = nn.GRUCell(2, H, **F64), inputs()
+    first = lambda: torch.zeros(B, H, **F64)  # noqa: E731
+    expected, carry = bptt(m, call, x, first), Carry(m)
+    other = Carry(nn.GRUCell(3, H, **F64))
+    other(other.module(inputs(3)[0], other(torch.zeros(B, H, **F64))))
+    state = other.state_dict()
+    broken = {name: value for name, value in carry.state_dict().items() if name != "kept"}
+
+    def between(t, h):
+        if t == 3:
+            for wrong in (state, broken, None, {"version": 1}):
+                with pytest.raises(ValueError, match="state"):
+                    carry.load_state_dict(wrong)
+        return h
+
+    assert worst_error(carried(m, call, x, first, between, carry=carry), expected) <= EXACT
+
+
+@pytest.mark.parametrize("how", ["load", "rollback", "copy"])
+def test_a_loop_that_resumes_without_carry_is_refused(how):
+    m, x = nn.GRUCell(2, H, **F64), inputs()
+    carry = Carry(m)
+    h = carry(m(x[0], carry(torch.zeros(B, H, **F64))))
+    if how == "copy":
+        other = copy.copy(carry)
+    else:
+        other = carry if how == "rollback" else Carry(m)
+        other.load_state_dict(carry.state_dict())
+    with pytest.raises(RuntimeError, match=r"belongs to another state: call h = carry\(h\) with the saved state"):
+        other(m(x[1], h.detach()))
+
+
+def test_parameters_replaced_in_a_segment_are_named():
+    m, x = nn.GRUCell(2, H, **F64), inputs()
+    carry = Carry(m)
+    h = carry(torch.zeros(B, H, **F64))
+    m.load_state_dict({name: p.clone() for name, p in m.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="weight_ih was removed, or replaced by another object"):
+        carry(m(x[0], h))
+
+
+@pytest.mark.parametrize("capture", ["auto", "dense"])
+@pytest.mark.parametrize("on", ["state", "parameter"])
+def test_backward_passes_that_look_at_the_sign_are_refused(on, capture):
+    class Guided(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g.clamp(min=0)
+
+    def step(m, x, h, t):
+        if on == "state":
+            return Guided.apply(m(x, h))
+        return torch.tanh(x @ Guided.apply(m.weight_ih).T[:, :H] + h)
+
+    with pytest.raises(ContractError, match="not linear"):
+        carried(
+            nn.GRUCell(2, H, **F64), step, inputs(), lambda: torch.zeros(B, H, **F64), verify="never", capture=capture
+        )
+
+
+def test_embeddings_that_scale_by_frequency():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.cell = nn.Embedding(4, 2, scale_grad_by_freq=True, **F64), nn.RNNCell(2, H, **F64)
+
+        def forward(self, x, h):
+            return self.cell(self.table(x), h)
+
+    x = torch.tensor([[0, 1, 2], [1, 1, 1], [3, 3, 0], [2, 2, 2], [0, 1, 2]])
+    assert exact(Words(), call, x, lambda: torch.zeros(B, H, **F64), verify="never")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_on_what_carry_returned(fused):
+    def run(carry, m, x):
+        optimizer, h, found = torch.optim.Adam(m.parameters(), fused=fused), torch.zeros(B, H, **F64), []
+        h = carry(h)
+        for t in range(T):
+            h = carry(m(x[t], h))
+            loss_of(h).backward()
+            found.append(m.weight_hh.grad.clone())
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    m, x = nn.GRUCell(2, H, **F64), inputs()
+    before = {name: value.clone() for name, value in m.state_dict().items()}
+    found = run(Carry(m), m, x)
+    m.load_state_dict(before)
+
+    optimizer, carry, h, expected = torch.optim.Adam(m.parameters(), fused=fused), Carry(m), None, []
+    h = carry(torch.zeros(B, H, **F64))
+    for t in range(T):
+        o = h = m(x[t], h)
+        h = carry(h)
+        loss_of(o).backward()
+        expected.append(m.weight_hh.grad.clone())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert worst_error({str(t): g for t, g in enumerate(found)}, {str(t): g for t, g in enumerate(expected)}) <= EXACT
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "prune"])
+def test_weights_made_anew_in_evaluation_are_no_state(norm):
+    m, x = nn.GRUCell(2, H, **F64), inputs()
+    if norm == "weight_norm":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nn.utils.weight_norm(m, "weight_hh")
+    else:
+        prune.random_unstructured(m, "weight_hh", 0.3)
+
+    def between(t, h):
+        with torch.no_grad():
+            m(x[0], torch.zeros(B, H, **F64))
+        return h
+
+    assert exact(m, call, x, lambda: torch.zeros(B, H, **F64), between)
+
+
+def test_a_default_device_changes_nothing():
+    m, x = nn.GRUCell(2, H, **F64), inputs()
+    carry, first = Carry(m, verify="always"), torch.zeros(B, H, **F64)
+    h = carry(first)
+    with torch.device("meta"):
+        for t in range(3):
+            h = carry(torch.atan(m(x[t], h)) if t else m(x[t], h))
 
 
 # Messages.

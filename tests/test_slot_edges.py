@@ -448,3 +448,31 @@ def test_modules_of_less_precision_inside_are_no_disagreement():
         warnings.simplefilter("ignore")
         for t in range(12):
             learner(x[t]).sum().backward()
+
+
+def test_hooks_of_the_cell_itself_are_refused():
+    cell = SlotMoECell(3, 4, 2, 2, 1, 1, 1, 2)
+    learner = RTRL(cell, 2)
+    learner(torch.randn(2, 3))
+    cell.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ContractError, match="hooks of its own"):
+        learner(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("how", ["random", "annealed"])
+def test_parametrizations_that_change_by_themselves_are_refused(how):
+    class Changing(torch.nn.Module):
+        scale = 1.0
+
+        def forward(self, w):
+            return w * (torch.rand_like(w) if how == "random" else self.scale)
+
+    cell = SlotMoECell(3, 4, 2, 2, 1, 1, 1, 2)
+    linear = next(m for m in cell.modules() if isinstance(m, torch.nn.Linear))
+    changing = Changing()
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", changing)
+    learner = RTRL(cell, 2, verify="never")
+    with pytest.raises(ContractError, match="gives another value for the same parameters"):
+        for _ in range(3):
+            learner(torch.randn(2, 3)).sum().backward()
+            changing.scale *= 0.9

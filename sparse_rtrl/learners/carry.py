@@ -39,8 +39,8 @@ class _Entry:
         self.used = False
         self.before: list[Tensor] = []
         """The parameters when a loss went back through a segment that was still open."""
-        self.time = 0
-        """When that was, as autograd counts."""
+        self.returned = self.time = 0
+        """When the segment began and when that was, as autograd counts."""
         self.thread = threading.get_ident()  # autograd counts in every thread by itself
 
     def check_unchanged(self, graph: SegmentGraph) -> None:
@@ -52,7 +52,9 @@ class _Entry:
                     " of this segment: do it before h = carry(h), and after it make a new Carry if names change"
                 )
         # A loss of what carry returned may go backwards before the segment runs, and its parameters change then.
-        ran_before = any(0 < node._sequence_nr() < self.time for node in graph.nodes if hasattr(node, "_sequence_nr"))
+        ran_before = any(
+            self.returned < node._sequence_nr() < self.time for node in graph.nodes if hasattr(node, "_sequence_nr")
+        )
         for parameter, before in zip(self.selected, self.before if ran_before else [], strict=False):
             if not torch.equal(parameter.tensor.detach(), before):
                 raise RuntimeError(
@@ -246,7 +248,9 @@ class Carry:
             begin = EnterSegment.apply(self._opened, begin.requires_grad_(), *tensors)
         self._entry = begin
         # Copies, which the caller may write to: h[done] = 0.
-        return pytree.tree_unflatten(self._unflat(begin, leaves), structure)
+        returned = pytree.tree_unflatten(self._unflat(begin, leaves), structure)
+        self._opened.returned = _time()
+        return returned
 
     def reset(self, streams: Tensor | None = None) -> None:
         """Forget the past of some streams; call it after ``backward``, and give them a new state yourself.

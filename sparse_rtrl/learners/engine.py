@@ -157,7 +157,7 @@ class Engine:
             if not parametrize.is_parametrized(parameter.module, parameter.attribute):
                 continue
             sources = [source.detach().clone() for source in parameter.sources]
-            again = parameter.module.parametrizations[parameter.attribute]()  # type: ignore[index, union-attr]
+            again = parameter.module.parametrizations[parameter.attribute]()  # type: ignore[index, union-attr, operator]
             before = self._effective.get(parameter.name)
             self._effective[parameter.name] = sources, tensor.detach().clone()
             same = before is not None and all(map(torch.equal, before[0], sources))
