@@ -7,8 +7,9 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "baselines": "training.baselines",
@@ -65,7 +66,13 @@ MOVED = {
     "triton_backend": "ops.triton_backend",
     "methods": "learners.methods",
 }
-"""Where a module of version 0.1 is now. Its ``ops``, ``influence``, ``training`` and ``cli`` are packages today."""
+"""Where a module of version 0.1 is now."""
+
+PACKAGES = {
+    "sparse_rtrl.ops": "sparse_rtrl.ops.dispatch",
+    "sparse_rtrl.influence": "sparse_rtrl.influence.sparse",
+}
+"""Packages that have the name of a module of version 0.1; ``cli`` and ``training`` have no public name but ``app``."""
 
 
 class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -91,6 +98,25 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Nothing is left to do."""
 
 
+def _forwarded(package: str, module: str) -> Callable[[str], Any]:
+    """``__getattr__`` of a package that has the name of a module of version 0.1."""
+
+    def get(name: str) -> Any:
+        found = getattr(sys.modules.get(module), name, None) if not name.startswith("_") else None
+        if found is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{package}.{name} is {module}.{name} now; the old path goes with version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return found
+
+    return get
+
+
 def find_moved_modules() -> None:
-    """Let imports of old paths find the modules."""
+    """Let imports of old paths find the modules, and the names of those that are packages now."""
     sys.meta_path.insert(0, MovedFinder())
+    for package, module in PACKAGES.items():
+        vars(sys.modules[package])["__getattr__"] = _forwarded(package, module)

@@ -91,6 +91,8 @@ def test_old_import_paths_work_for_one_release():
         "    from sparse_rtrl.slot_cell import SlotCell\n"
         "    from sparse_rtrl.methods.exact import Exact\n"
         "    import sparse_rtrl.checkpoint\n"
+        "    from sparse_rtrl.ops import select\n"
+        "    from sparse_rtrl.influence import Influence\n"
         "assert SlotCell is sparse_rtrl.SlotCell\n"
         "assert sparse_rtrl.checkpoint.__name__ == 'sparse_rtrl.training.checkpoint'\n"
         "assert 'sparse_rtrl.cells.slot_cell now' in str(told[0].message), [str(t.message) for t in told]"
