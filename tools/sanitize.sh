@@ -29,9 +29,9 @@ cd "$build/python"
 export LD_PRELOAD="${preload# }" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1
 export OMP_NUM_THREADS=2 PYTHONPATH="$build/python"
 "$python" -c "
-from sparse_rtrl import ops
-assert ops.__file__.startswith('$build'), ops.__file__
-assert not ops.compiled_problem, ops.compiled_problem"
+from sparse_rtrl.ops import dispatch
+assert dispatch.__file__.startswith('$build'), dispatch.__file__
+assert not dispatch.compiled_problem, dispatch.compiled_problem"
 tests=$root/tests
 "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider --numprocesses auto \
   "$tests/test_compiled.py" "$tests/test_tree.py" "$tests/test_ops.py" "$tests/test_slot_moe_pass.py" \
