@@ -130,8 +130,11 @@ class Engine:
         """The tensors the cell uses now for its recurrent parameters, in the order of ``groups.all``."""
         return [p.tensor for p in self.groups.all]
 
-    def checked_tensors(self) -> list[Tensor]:
+    def checked_tensors(self, look: bool = True) -> list[Tensor]:
         """As :meth:`tensors`, after checking that they are still those the influence was built for.
+
+        Args:
+            look: whether values may be looked at, which recorded steps must not wait for.
 
         Raises:
             RuntimeError: if a parameter changed its shape, dtype or device.
@@ -147,10 +150,12 @@ class Engine:
                     f"parameter {parameter.name} was {describe(*expected)} when the learner was built and is"
                     f" {describe(*now)} now: build a new learner after changing a cell"
                 )
-        self._check_parametrizations(tensors)
+        if look:
+            self._check_parametrizations(tensors)
         return tensors
 
     @torch.no_grad()
+    @full_precision
     def _check_parametrizations(self, tensors: list[Tensor]) -> None:
         """Refuse parametrizations that change by themselves: their past values have no way back to the parameters."""
         for parameter, tensor in zip(self.groups.all, tensors, strict=True):

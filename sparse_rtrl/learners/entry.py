@@ -75,7 +75,7 @@ class SegmentEntry:
         if self.window_key is not self.engine.influence.window_key:
             raise RuntimeError(
                 "backward came too late: the influence has moved past this step. Call backward before the next step or"
-                " reset, take several steps as one segment with unroll, or raise commit_every"
+                " reset, or take several steps as one segment with unroll; a larger commit_every only moves the point"
             )
         gradients = self.engine.past_gradients(self.position, u, self.step)
         self.used = True

@@ -251,7 +251,7 @@ class RTRL:
         fixed.check_agreement()
         self._begin()
         try:
-            outputs = fixed.run(xs, self._engine.checked_tensors())
+            outputs = fixed.run(xs, self._engine.checked_tensors(look=False))
         except CannotRecord as reason:
             warnings.warn(f"the steps run without CUDA graphs, as they cannot be recorded: {reason}", stacklevel=4)
             self._state, self._fixed = fixed.state, None

@@ -295,5 +295,5 @@ def too_late() -> RuntimeError:
     """The error of a backward pass that reaches a segment which is no longer kept."""
     return RuntimeError(
         "backward came too late: the influence has moved past this segment. Call backward before the next"
-        " carry(h) or reset, or raise commit_every"
+        " carry(h) or reset; a larger commit_every only moves the point from which it is too late"
     )
