@@ -31,6 +31,7 @@ import resource
 import statistics
 import subprocess
 import time
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def serve(connection: Connection, *arguments: Any) -> None:
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not any(w in str(error) for w in ("memory", "bad_alloc")):
                 raise
+            traceback.clear_frames(error.__traceback__)  # they hold the graph, and there is no memory to answer with
             contestant.drop()
             connection.send({"status": "out of memory", "reason": str(error).splitlines()[0]})
 
