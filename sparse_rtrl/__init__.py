@@ -22,6 +22,7 @@ from sparse_rtrl.learners.check_cell import check_cell
 from sparse_rtrl.learners.diagonal_rtrl import DiagonalRTRL
 from sparse_rtrl.learners.diagonal_stack import DiagonalStack, PerLayerApproximation
 from sparse_rtrl.learners.rtrl import RTRL, Evaluation
+from sparse_rtrl.learners.slot_rtrl import SlotRTRL
 
 find_moved_modules()
 
@@ -54,6 +55,7 @@ __all__ = [
     "Routing",
     "SlotCell",
     "SlotMoECell",
+    "SlotRTRL",
     "SparseLatentMoECell",
     "check_cell",
     "estimate",

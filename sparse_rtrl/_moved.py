@@ -58,7 +58,7 @@ MOVED = {
     "runlog": "training.runlog",
     "segment": "capture.segment",
     "slot_cell": "cells.slot_cell",
-    "slot_moe_pass": "capture.slot_moe_pass",
+    "slot_moe_pass": "cells.slot_moe_pass",
     "step_chain": "capture.step_chain",
     "streams": "training.streams",
     "tasks": "training.tasks",

@@ -45,7 +45,7 @@ def test_every_entry_of_a_step(cell):
     with parametrize.cached():
         tensors = [p.tensor for p in groups.all]
         content, _ = cell.update(x, h[:, :2], h[:, 2:], routing)
-    segment = compose([step], groups, cell.num_slots, cell.slot_size)
+    segment = compose([step], groups.num_experts, cell.num_slots, cell.slot_size)
     for b in range(3):
         for i in range(step.Jh.shape[1]):
             entry = content.flatten(1)[b, i]

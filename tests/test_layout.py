@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import sparse_rtrl
 from sparse_rtrl._moved import MOVED
 
 PACKAGE = Path(sparse_rtrl.__file__).parent
-FLOORS = ("errors", "ops", "cells", "capture", "influence", "learners", "training", "cli")
+FLOORS = ("errors", "ops", "cells", "captured", "capture", "influence", "learners", "training", "cli")
 KERNELS = "triton_kernels"
 
 
@@ -68,6 +67,24 @@ def test_no_circles():
     assert waiting == {}
 
 
+CONTRACTS = {f"sparse_rtrl.cells.{name}" for name in ("slot_cell", "diagonal_cell", "expert_bank", "fused_pass")}
+
+
+def test_no_engine_knows_a_cell_by_name():
+    between = range(FLOORS.index("captured"), FLOORS.index("learners") + 1)
+    known = {
+        name: sorted(o for o in others if o.startswith("sparse_rtrl.cells.") and o not in CONTRACTS)
+        for name, others in graph().items()
+        if floor(name) in between
+    }
+    assert {name: cells for name, cells in known.items() if cells} == {}
+
+
+def test_influence_knows_what_is_captured_by_its_protocol_alone():
+    capture = {name for name in graph()["sparse_rtrl.influence.sparse"] if name.startswith("sparse_rtrl.capture.")}
+    assert capture == {"sparse_rtrl.capture.parameters"}
+
+
 def test_kernels_know_the_errors_only():
     others = {o for name, found in graph().items() if KERNELS in name for o in found if KERNELS not in o}
     assert others <= {"sparse_rtrl.errors", "sparse_rtrl.ops.precision"}
@@ -79,7 +96,7 @@ def test_the_package_shows_its_public_names_only():
 
 def test_the_order_is_the_one_that_contributors_read():
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
-    assert re.search("errors, ops, cells, capture, influence, learners, training, cli", text)
+    assert ", ".join(FLOORS) in text
 
 
 def test_old_import_paths_work_for_one_release():

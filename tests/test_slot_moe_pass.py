@@ -11,7 +11,7 @@ from oracle import gradients_of
 from torch import Tensor
 
 from sparse_rtrl import RTRL, NonFiniteError, SlotMoECell
-from sparse_rtrl.capture.slot_moe_pass import SlotMoePass
+from sparse_rtrl.capture.fused import FusedCapture
 from sparse_rtrl.ops import dispatch
 from sparse_rtrl.training.gradient_method import unroll
 
@@ -60,7 +60,7 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def test_evaluation_gives_the_outputs_of_the_cell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell, (x, _) = make_cell(name), problem(11, 3)
     expected, end = unroll(cell, x, cell.initial_state(3))
-    monkeypatch.setattr("sparse_rtrl.capture.slot_moe_pass._TOGETHER", 3 * 4)  # parts of 4, 4 and 3 steps
+    monkeypatch.setattr("sparse_rtrl.cells.slot_moe_pass._TOGETHER", 3 * 4)  # parts of 4, 4 and 3 steps
     calls = []
     run = dispatch.slot_moe_forward
     monkeypatch.setattr(
@@ -71,7 +71,7 @@ def test_evaluation_gives_the_outputs_of_the_cell(name: str, monkeypatch: pytest
     evaluation = RTRL(cell, batch_size=3).evaluate()
     calls_of_unroll, calls[:] = list(calls), []
     parts = [evaluation(x[0]).unsqueeze(0), evaluation.unroll(x[1:])]
-    assert calls_of_unroll == [4, 4, 3] and calls == [4, 4, 2]
+    assert calls_of_unroll == [4, 4, 3] and calls == [1, 4, 4, 2]
     for outputs, after in ((found, state), (torch.cat(parts), evaluation.state)):
         torch.testing.assert_close(outputs, expected.detach(), rtol=0, atol=1e-14)
         torch.testing.assert_close(after, end.detach(), rtol=0, atol=1e-14)
@@ -139,7 +139,7 @@ def test_agrees_with_the_general_capture_while_parameters_move(catch_up: str) ->
 
 def test_kept_weights_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above sees it if steps were taken back with newer weights."""
-    monkeypatch.setattr(SlotMoePass, "_copies", lambda self, weights: weights)
+    monkeypatch.setattr(FusedCapture, "_copies", lambda self, weights: weights)
     with pytest.raises(AssertionError):
         test_agrees_with_the_general_capture_while_parameters_move("eager")
 

@@ -8,8 +8,8 @@ from oracle import bptt, cotangents, gradients_of, inputs, online, worst_error
 from pattern_cell import PatternCell, make_pattern
 
 from sparse_rtrl import RTRL, ContractError, SlotMoECell
+from sparse_rtrl.capture.fused import FusedCapture
 from sparse_rtrl.capture.jacobian import JacobianCapture
-from sparse_rtrl.capture.slot_moe_pass import SlotMoePass
 from sparse_rtrl.errors import DisagreementError
 from sparse_rtrl.learners.cuda_graph import FixedSteps, run_directly
 
@@ -85,7 +85,7 @@ def test_a_sample_finds_it_in_the_end(monkeypatch):
 @pytest.mark.parametrize("name", ["saved", "weights", "state"])
 @pytest.mark.parametrize("segment", [1, 9])
 def test_a_fault_of_the_fused_pass_is_found(name, segment, monkeypatch):
-    run = SlotMoePass.run
+    run = FusedCapture.run
 
     def wrong(self, *arguments):
         steps, slots, state = run(self, *arguments)
@@ -100,7 +100,7 @@ def test_a_fault_of_the_fused_pass_is_found(name, segment, monkeypatch):
     cell, x = new_cell("fused"), inputs(STEPS, BATCH)
     learner = RTRL(cell, BATCH, verify="always")
     learner.unroll(x[:3]).sum().backward()
-    monkeypatch.setattr(SlotMoePass, "run", wrong)
+    monkeypatch.setattr(FusedCapture, "run", wrong)
     before = copy.deepcopy(learner.state_dict())
     with pytest.raises(ContractError, match="another state than update" if name == "state" else "disagrees"):
         learner.unroll(x[3 : 3 + segment])

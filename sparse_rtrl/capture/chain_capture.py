@@ -122,7 +122,7 @@ class ChainCapture:
             return None
         if not all(part.terms for part in parts):  # a step of the segment uses no parameter
             return None
-        chain = StepChain(tuple(parts), end.shape[0], end.shape[1], routing)
+        chain = StepChain(tuple(parts), end.shape[0], end.shape[1], routing, self.groups.core)
         hooks, self._hooks = self._hooks, RemovableHandle.next_id
         if kind not in self._accepted or hooks != self._hooks:
             agrees, certain = self._agrees(chain, end, entry, parameters)
@@ -144,7 +144,8 @@ class ChainCapture:
         with without_hooks(parameters):
             seen = torch.autograd.grad(end, wanted, PROBE_SCALE * c, retain_graph=True, allow_unused=True)
         by_input = {id(i): g for i, g in zip(wanted, seen, strict=True)}
-        core, v = pull_back([chain], c, self.groups)
+        core, _ = self.groups.zero_gradients(c)
+        v = pull_back([chain], c, core)
         found = [v, *self.groups.split(core, core.new_zeros(0, 0))]
         pairs = [(mine, by_input[id(i)]) for mine, i in zip(found, inputs, strict=True) if id(i) in by_input]
         errors = torch.stack([(mine if its is None else mine - its / PROBE_SCALE).abs().amax() for mine, its in pairs])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from sparse_rtrl.capture.jacobian import Factors, Term
 from sparse_rtrl.capture.parameter_uses import (
     Factor,
     Layout,
@@ -27,6 +26,7 @@ from sparse_rtrl.capture.parameter_uses import (
     without_hooks,
     without_reducers,
 )
+from sparse_rtrl.capture.segment import Factors, Term
 from sparse_rtrl.capture.verify import PROBE_SCALE
 from sparse_rtrl.errors import ContractError
 

@@ -11,9 +11,9 @@ another way, and takes dense immediate Jacobians.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_rtrl.capture.factor_capture import FactorCapture, Piece, coarser, flat_row
 from sparse_rtrl.capture.parameters import ParameterGroups, RecurrentParameter
+from sparse_rtrl.capture.segment import ROUTING_PARTS, Factors, StepJacobian, Term
 from sparse_rtrl.capture.verify import OTHER_STREAMS, STATE, Verifier, tolerance_of
 from sparse_rtrl.cells.slot_cell import Routing, SlotCell, gather_slots
 from sparse_rtrl.errors import ContractError
@@ -30,87 +31,6 @@ from sparse_rtrl.ops.reference import slot_entries
 
 ROWS_TOGETHER = 4096
 """Most rows, one per stream and written state entry, of steps that are captured together: bounds their memory."""
-_PARTS = ("read", "write", "experts")
-
-
-@dataclass(frozen=True)
-class Term:
-    """One factored immediate Jacobian: ``F[i, (m, j)] = sum_τ delta[i, τ, m] z[τ, j]``.
-
-    Attributes:
-        offset: first column of the parameter in its group.
-        delta_start: first entry of this term along the last dimension of :attr:`Factors.delta`.
-        tau: number of applications of the map.
-        m: output size of the map.
-        z: inputs of the map, core ``(B, τ, j)``, expert ``(B, k, τ, j)``; None for ``z = 1``, ``τ = j = 1``.
-    """
-
-    offset: int
-    delta_start: int
-    tau: int
-    m: int
-    z: Tensor | None
-
-    @property
-    def delta_slice(self) -> slice:
-        """This term's part of the last dimension of :attr:`Factors.delta`."""
-        return slice(self.delta_start, self.delta_start + self.tau * self.m)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The immediate Jacobians of one group kind in one step.
-
-    Attributes:
-        delta: all terms side by side: core ``(B, w, Σ τ m)``, experts ``(B, k, w, Σ τ m)``.
-        terms: how to read it.
-    """
-
-    delta: Tensor
-    terms: tuple[Term, ...]
-
-
-@dataclass(frozen=True)
-class StepJacobian:
-    """Everything one step contributes to the influence, with the parameters it was run with.
-
-    Attributes:
-        Jh: state Jacobian ``dh[write] / dh_entry[support]``, ``(B, w, r)``, columns of ``read`` then of ``write``.
-        routing: what the step touched.
-        core: immediate Jacobians of the core group.
-        expert: immediate Jacobians of the active experts.
-    """
-
-    Jh: Tensor
-    routing: Routing
-    core: Factors
-    expert: Factors
-
-    @property
-    def routings(self) -> list[Routing]:
-        """What the step touched, as a list."""
-        return [self.routing]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything in it, as tensors, numbers and containers of them; the tensors are not copied."""
-        factors = {
-            name: {"delta": kind.delta, "terms": [tuple(getattr(t, f.name) for f in fields(Term)) for t in kind.terms]}
-            for name, kind in (("core", self.core), ("expert", self.expert))
-        }
-        return {"Jh": self.Jh, **{part: getattr(self.routing, part) for part in _PARTS}, **factors}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> StepJacobian:
-        """Rebuild what :meth:`state_dict` described, on a device."""
-
-        def on_device(values: Iterable[Any]) -> list[Any]:
-            return [value.to(device) if isinstance(value, Tensor) else value for value in values]
-
-        core, expert = (
-            Factors(state[name]["delta"].to(device), tuple(Term(*on_device(t)) for t in state[name]["terms"]))
-            for name in ("core", "expert")
-        )
-        return cls(state["Jh"].to(device), Routing(*on_device(state[part] for part in _PARTS)), core, expert)
 
 
 class JacobianCapture:
@@ -221,7 +141,9 @@ class JacobianCapture:
             if last == first + 1:
                 out.append(self.step(xs[first], states[first], routings[first], tensors, content, flag))
             else:
-                joined = Routing(*(torch.cat([getattr(r, part) for r in routings[first:last]]) for part in _PARTS))
+                joined = Routing(
+                    *(torch.cat([getattr(r, part) for r in routings[first:last]]) for part in ROUTING_PARTS)
+                )
                 state = torch.cat(states[first:last])
                 content = None if ran is None else torch.cat(ran[first:last])
                 captured = self.step(xs[first:last].flatten(0, 1), state, joined, tensors, content, flag)
@@ -261,7 +183,8 @@ class JacobianCapture:
             refuse_untracked(content, [entry, *tensors], self.cell)
             of_entry, *truth = gradients(content, [entry, *used], cotangent)
         v = cotangent.to(state.dtype).flatten(1)
-        core, experts = direct_gradient(step, v, self.groups)
+        core, experts = self.groups.zero_gradients(v)
+        step.add_direct_gradient_(v, core, experts)
         split = zip(tensors, self.groups.all, self.groups.split(core, experts), strict=True)
         found = {p.name: g for t, p, g in split if t.requires_grad}
         expected = dict(zip(found, truth, strict=True))
@@ -277,7 +200,7 @@ class JacobianCapture:
         """How many of the next steps are captured together: those of equal shapes, within bounded memory."""
         if self.dense or not self._checked:
             return 1  # dense rows cost the square of the batch, and which parameters need them shows at the first step
-        shapes = [[getattr(r, part).shape for part in _PARTS] for r in routings]
+        shapes = [[getattr(r, part).shape for part in ROUTING_PARTS] for r in routings]
         rows = routings[0].write.numel() * state.shape[2]
         most = max(1, ROWS_TOGETHER // max(rows, 1))
         return next((i for i, shape in enumerate(shapes[:most]) if shape != shapes[0]), min(most, len(shapes)))
@@ -555,7 +478,8 @@ class JacobianCapture:
             refuse_untracked(content, [h, *tensors], self.cell)
             of_h, *truth = gradients(content, [h, *(t for _, t in used)], cotangent)
         v = cotangent.to(step.Jh.dtype).flatten(1)
-        core, experts = direct_gradient(step, v, self.groups)
+        core, experts = self.groups.zero_gradients(v)
+        step.add_direct_gradient_(v, core, experts)
         found = dict(zip((p.name for p in self.groups.all), self.groups.split(core, experts), strict=True))
         through = _through(v, step.Jh).view(h.shape)
         if _wrong(through, of_h, tolerance, 0.0):
@@ -767,34 +691,3 @@ def _side_by_side(pieces: list[Piece], start: int, like: Tensor) -> tuple[Tensor
     if not terms:
         return None, ()
     return torch.cat([delta.flatten(-2) for _, delta, _ in pieces], dim=-1).to(like.dtype), tuple(terms)
-
-
-@full_precision
-def direct_gradient(step: StepJacobian, cotangent: Tensor, groups: ParameterGroups) -> tuple[Tensor, Tensor]:
-    """Gradient of one step's parameters at fixed entry state, summed over the streams: ``v F``.
-
-    Args:
-        step: the captured step.
-        cotangent: ``v = dL/dh[write]``, ``(B, w)``.
-        groups: the recurrent parameters.
-
-    Returns:
-        Core ``(N_core,)`` and experts ``(E, N_expert)``.
-    """
-    core = cotangent.new_zeros(groups.core_columns)
-    experts = cotangent.new_zeros(groups.num_experts, groups.expert_columns)
-    v = cotangent.unsqueeze(1)
-    rows = torch.bmm(v, step.core.delta).squeeze(1) if step.core.terms else None
-    for term in step.core.terms:
-        delta = rows[:, term.delta_slice]  # type: ignore[index]
-        value = delta.sum(0) if term.z is None else delta.reshape(-1, term.m).T @ term.z.flatten(0, 1)
-        core[term.offset : term.offset + value.numel()] += value.flatten()
-    if step.expert.terms:
-        index = step.routing.experts.flatten()
-        rows = torch.matmul(v.unsqueeze(1), step.expert.delta).squeeze(2)  # (B, k, Σ)
-        for term in step.expert.terms:
-            delta = rows[..., term.delta_slice].reshape(-1, term.tau, term.m)
-            value = delta.sum(1) if term.z is None else torch.bmm(delta.transpose(1, 2), term.z.flatten(0, 1))
-            value = value.flatten(1)
-            experts[:, term.offset : term.offset + value.shape[1]].index_add_(0, index, value)
-    return core, experts

@@ -152,6 +152,10 @@ class ParameterGroups:
         """Number of recurrent parameters, all experts included."""
         return self.core_columns + self.num_experts * self.expert_columns
 
+    def zero_gradients(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros for gradients by columns: core ``(N_core,)``, experts ``(E, N_expert)``, in the dtype of ``like``."""
+        return like.new_zeros(self.core_columns), like.new_zeros(self.num_experts, self.expert_columns)
+
     def split(self, core: Tensor, experts: Tensor) -> list[Tensor]:
         """Cut gradients by columns into one per parameter, in the order of :attr:`all`.
 

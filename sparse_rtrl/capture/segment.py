@@ -1,15 +1,161 @@
-"""A segment: the steps between two influence updates, composed backwards into one map with factored ``F``."""
+"""Captured steps as factored Jacobians, and the segment they make: one map with factored ``F``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_rtrl.capture.jacobian import StepJacobian, Term
-from sparse_rtrl.capture.parameters import ParameterGroups
+from sparse_rtrl.captured import Moved
+from sparse_rtrl.cells.slot_cell import Routing
+from sparse_rtrl.ops.precision import full_precision
 from sparse_rtrl.ops.reference import slot_entries
+
+ROUTING_PARTS = ("read", "write", "experts")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One factored immediate Jacobian: ``F[i, (m, j)] = sum_τ delta[i, τ, m] z[τ, j]``.
+
+    Attributes:
+        offset: first column of the parameter in its group.
+        delta_start: first entry of this term along the last dimension of :attr:`Factors.delta`.
+        tau: number of applications of the map.
+        m: output size of the map.
+        z: inputs of the map, core ``(B, τ, j)``, expert ``(B, k, τ, j)``; None for ``z = 1``, ``τ = j = 1``.
+    """
+
+    offset: int
+    delta_start: int
+    tau: int
+    m: int
+    z: Tensor | None
+
+    @property
+    def delta_slice(self) -> slice:
+        """This term's part of the last dimension of :attr:`Factors.delta`."""
+        return slice(self.delta_start, self.delta_start + self.tau * self.m)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The immediate Jacobians of one group kind in one step.
+
+    Attributes:
+        delta: all terms side by side: core ``(B, w, Σ τ m)``, experts ``(B, k, w, Σ τ m)``.
+        terms: how to read it.
+    """
+
+    delta: Tensor
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class StepJacobian:
+    """Everything one step contributes to the influence, with the parameters it was run with.
+
+    Attributes:
+        Jh: state Jacobian ``dh[write] / dh_entry[support]``, ``(B, w, r)``, columns of ``read`` then of ``write``.
+        routing: what the step touched.
+        core: immediate Jacobians of the core group.
+        expert: immediate Jacobians of the active experts.
+    """
+
+    Jh: Tensor
+    routing: Routing
+    core: Factors
+    expert: Factors
+
+    @property
+    def count(self) -> int:
+        """Steps that it counts as."""
+        return 1
+
+    @property
+    def experts(self) -> Tensor:
+        """Experts that it used, ``(B, k)``."""
+        return self.routing.experts
+
+    @classmethod
+    def pull_back(cls, window: Sequence[StepJacobian], v: Tensor, core: Tensor, experts: Tensor) -> Tensor:
+        """See :meth:`~sparse_rtrl.captured.Captured.pull_back`."""
+        for step in reversed(window):
+            slot_size = step.Jh.shape[2] // max(step.routing.support.shape[1], 1)
+            rows = slot_entries(step.routing.write, slot_size)
+            written = v.gather(1, rows)
+            step.add_direct_gradient_(written, core, experts)
+            gain = torch.bmm(written.unsqueeze(1), step.Jh).squeeze(1)
+            v = v.scatter(1, rows, 0.0).scatter_add_(1, slot_entries(step.routing.support, slot_size), gain)
+        return v
+
+    @classmethod
+    def commit_(cls, window: Sequence[StepJacobian], core: Tensor, experts: Tensor, num_slots: int, ops: Any) -> Moved:
+        """See :meth:`~sparse_rtrl.captured.Captured.commit_`."""
+        segment = compose(window, len(experts) // len(core), num_slots, (core.shape[1] - 1) // num_slots)
+        for P, factors in ((core, segment.core), (experts, segment.expert)):
+            ops.influence_update_(
+                P,
+                segment.Jh,
+                segment.write,
+                segment.support,
+                None,
+                factors.streams,
+                factors.groups,
+                factors.deltas,
+                factors.zs,
+                factors.offsets,
+            )
+        return Moved(segment.Jh, segment.write, segment.support, segment.expert.groups)
+
+    @full_precision
+    def add_direct_gradient_(self, cotangent: Tensor, core: Tensor, experts: Tensor) -> None:
+        """Add the gradient of the parameters at fixed entry state, summed over the streams: ``v F``.
+
+        Args:
+            cotangent: ``v = dL/dh[write]``, ``(B, w)``.
+            core: ``(N_core,)``, added to.
+            experts: ``(E, N_expert)``, added to.
+        """
+        v = cotangent.unsqueeze(1)
+        if self.core.terms:
+            rows = torch.bmm(v, self.core.delta).squeeze(1)  # (B, Σ)
+            for term in self.core.terms:
+                delta = rows[:, term.delta_slice]
+                value = delta.sum(0) if term.z is None else delta.reshape(-1, term.m).T @ term.z.flatten(0, 1)
+                core[term.offset : term.offset + value.numel()] += value.flatten()
+        if self.expert.terms:
+            index = self.routing.experts.flatten()
+            rows = torch.matmul(v.unsqueeze(1), self.expert.delta).squeeze(2)  # (B, k, Σ)
+            for term in self.expert.terms:
+                delta = rows[..., term.delta_slice].reshape(-1, term.tau, term.m)
+                value = delta.sum(1) if term.z is None else torch.bmm(delta.transpose(1, 2), term.z.flatten(0, 1))
+                value = value.flatten(1)
+                experts[:, term.offset : term.offset + value.shape[1]].index_add_(0, index, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in it, as tensors, numbers and containers of them; the tensors are not copied."""
+        factors = {
+            name: {"delta": kind.delta, "terms": [tuple(getattr(t, f.name) for f in fields(Term)) for t in kind.terms]}
+            for name, kind in (("core", self.core), ("expert", self.expert))
+        }
+        return {"Jh": self.Jh, **{part: getattr(self.routing, part) for part in ROUTING_PARTS}, **factors}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> StepJacobian:
+        """Rebuild what :meth:`state_dict` described, on a device."""
+
+        def on_device(values: Iterable[Any]) -> list[Any]:
+            return [value.to(device) if isinstance(value, Tensor) else value for value in values]
+
+        core, expert = (
+            Factors(state[name]["delta"].to(device), tuple(Term(*on_device(t)) for t in state[name]["terms"]))
+            for name in ("core", "expert")
+        )
+        return cls(state["Jh"].to(device), Routing(*on_device(state[part] for part in ROUTING_PARTS)), core, expert)
 
 
 @dataclass(frozen=True)
@@ -50,14 +196,14 @@ class Segment:
     expert: GroupFactors
 
 
-def compose(steps: list[StepJacobian], groups: ParameterGroups, num_slots: int, slot_size: int) -> Segment:
+def compose(steps: Sequence[StepJacobian], num_experts: int, num_slots: int, slot_size: int) -> Segment:
     """Compose the steps of a segment, over the slots that they touched."""
     Jh, write, support, core, expert = _compose(steps, num_slots, slot_size, every_slot=False)
-    return Segment(Jh, write, support, _core_factors(steps, core), _expert_factors(steps, expert, groups.num_experts))
+    return Segment(Jh, write, support, _core_factors(steps, core), _expert_factors(steps, expert, num_experts))
 
 
 def compose_fixed(
-    steps: list[StepJacobian], groups: ParameterGroups, num_slots: int, slot_size: int
+    steps: Sequence[StepJacobian], num_experts: int, num_slots: int, slot_size: int
 ) -> tuple[Segment, Tensor]:
     """Compose the steps of a segment in shapes that follow from the sizes of a step alone.
 
@@ -68,12 +214,12 @@ def compose_fixed(
         The segment, and the rows of the stacked influence whose experts are not in it, ``(M,)``.
     """
     Jh, write, support, core, expert = _compose(steps, num_slots, slot_size, every_slot=True)
-    factors, idle = _fixed_expert_factors(steps, expert, groups.num_experts)
+    factors, idle = _fixed_expert_factors(steps, expert, num_experts)
     return Segment(Jh, write, support, _core_factors(steps, core), factors), idle
 
 
 def _compose(
-    steps: list[StepJacobian], num_slots: int, slot_size: int, every_slot: bool
+    steps: Sequence[StepJacobian], num_slots: int, slot_size: int, every_slot: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """``Jh``, ``write``, ``support``, and the deltas of core and experts of each step at the end of the segment.
 
@@ -114,7 +260,7 @@ def _compose(
     return Jh, write, support, core, expert
 
 
-def _core_factors(steps: list[StepJacobian], deltas: list[Tensor]) -> GroupFactors:
+def _core_factors(steps: Sequence[StepJacobian], deltas: list[Tensor]) -> GroupFactors:
     """Join the core's terms over the steps, ``deltas (B, w, Σ)`` one per step."""
     batch = deltas[0].shape[0]
     every = torch.arange(batch, device=deltas[0].device)
@@ -126,7 +272,7 @@ def _core_factors(steps: list[StepJacobian], deltas: list[Tensor]) -> GroupFacto
     return out
 
 
-def _expert_factors(steps: list[StepJacobian], deltas: list[Tensor], num_experts: int) -> GroupFactors:
+def _expert_factors(steps: Sequence[StepJacobian], deltas: list[Tensor], num_experts: int) -> GroupFactors:
     """Collect for every active (stream, expert) pair its uses, padded with zeros; ``deltas (B, k, w, Σ)`` per step."""
     batch, device = deltas[0].shape[0], deltas[0].device
     stream_of = torch.arange(batch, device=device).unsqueeze(1)
@@ -164,7 +310,7 @@ def _expert_factors(steps: list[StepJacobian], deltas: list[Tensor], num_experts
 
 
 def _fixed_expert_factors(
-    steps: list[StepJacobian], deltas: list[Tensor], num_experts: int
+    steps: Sequence[StepJacobian], deltas: list[Tensor], num_experts: int
 ) -> tuple[GroupFactors, Tensor]:
     """As :func:`_expert_factors` for ``min(E, n k)`` experts of each stream, the used ones first; and all others."""
     batch, device = deltas[0].shape[0], deltas[0].device

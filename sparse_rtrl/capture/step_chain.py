@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from sparse_rtrl.capture.jacobian import Factors, StepJacobian, Term
-from sparse_rtrl.capture.parameters import ParameterGroups
+from sparse_rtrl.capture.parameters import RecurrentParameter
+from sparse_rtrl.capture.segment import Factors, StepJacobian, Term
 from sparse_rtrl.cells.slot_cell import Routing
 
 Rows: TypeAlias = tuple[tuple[int, int], ...]
@@ -100,17 +100,42 @@ class StepChain:
         batch_size: ``B``.
         hidden_size: ``H``.
         routing: one slot, read and written.
+        parameters: whose Jacobians they are.
     """
 
     parts: tuple[AlikeSteps, ...]
     batch_size: int
     hidden_size: int
     routing: Routing
+    parameters: list[RecurrentParameter]
 
     @property
     def count(self) -> int:
         """Steps of the segment."""
         return sum(part.count for part in self.parts)
+
+    @property
+    def experts(self) -> Tensor:
+        """None, ``(B, 0)``."""
+        return self.routing.experts
+
+    @classmethod
+    def pull_back(cls, window: Sequence[StepChain], v: Tensor, core: Tensor, experts: Tensor) -> Tensor:
+        """See :meth:`~sparse_rtrl.captured.Captured.pull_back`."""
+        return pull_back(window, v, core)
+
+    @classmethod
+    def commit_(cls, window: Sequence[StepChain], core: Tensor, experts: Tensor, num_slots: int, ops: Any) -> None:
+        """See :meth:`~sparse_rtrl.captured.Captured.commit_`."""
+        commit_(core, window)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Not kept: the window is committed before it is saved.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("a window of chains cannot be saved: commit it first")
 
     @cached_property
     def as_step(self) -> StepJacobian:
@@ -139,14 +164,17 @@ class StepChain:
         return torch.stack([factor.d.sum() for factor in factors]).sum()
 
 
-def pull_back(chains: Sequence[StepChain], v: Tensor, groups: ParameterGroups) -> tuple[Tensor, Tensor]:
+def pull_back(chains: Sequence[StepChain], v: Tensor, core: Tensor) -> Tensor:
     """Row vectors ``v (B, H)`` behind the last chain, back through all of them.
 
+    Args:
+        chains: oldest first.
+        v: ``(B, H)``; stays as it is.
+        core: gradient of the core parameters at fixed entry state, ``(N_core,)``, added to.
+
     Returns:
-        Gradient of the core parameters at fixed entry state, ``(N_core,)``, summed over the streams, and the row
-        vectors ``(B, H)`` before the first chain.
+        The row vectors ``(B, H)`` before the first chain.
     """
-    core = v.new_zeros(groups.core_columns)
     for parts in reversed(_alike([part for chain in chains for part in chain.parts])):
         vs = []
         for part in reversed(parts):
@@ -166,7 +194,7 @@ def pull_back(chains: Sequence[StepChain], v: Tensor, groups: ParameterGroups) -
                 zs = [z for part in parts if (z := part.terms[number].z) is not None]
                 value = (delta.T @ torch.cat(zs).flatten(0, 1)).flatten()
             core[term.offset : term.offset + value.numel()] += value
-    return core, v
+    return v
 
 
 def _through(part: AlikeSteps, t: int, v: Tensor) -> Tensor:
@@ -208,7 +236,7 @@ def _layout(part: AlikeSteps) -> list[tuple[int, Rows, bool, int]]:
     ]
 
 
-def commit_(P: Tensor, chains: Sequence[StepChain], groups: ParameterGroups) -> None:
+def commit_(P: Tensor, chains: Sequence[StepChain]) -> None:
     """Move influence matrices through chains, in place: ``P[:, :H] <- Φ P[:, :H] + F``.
 
     Steps are taken in blocks that are composed backwards, ``Φ_{t-1} = Φ_t J_t``; a block costs ``(H^2 / c + 2 H) N``
@@ -217,8 +245,7 @@ def commit_(P: Tensor, chains: Sequence[StepChain], groups: ParameterGroups) -> 
 
     Args:
         P: ``(B, H + 1, N)``, the loss row last; it stays as it is.
-        chains: what is committed, oldest first.
-        groups: whose core columns ``P`` has.
+        chains: what is committed, oldest first; all of the same parameters.
     """
     batch, hidden = P.shape[0], P.shape[1] - 1
     steps = _single_steps(chains)
@@ -229,7 +256,7 @@ def commit_(P: Tensor, chains: Sequence[StepChain], groups: ParameterGroups) -> 
     for first in range(0, len(steps), size):
         block = steps[first : first + size]
         phi, phis = _phis(block, batch, hidden)
-        for uses, starts, width, m in _columns(block, groups):
+        for uses, starts, width, m in _columns(block, chains[0].parameters):
             per_output = (width + len(block)) * batch * hidden * P.element_size()
             outputs = max(1, min(m, SCRATCH_BYTES // per_output))
             if scratch.numel() < batch * hidden * outputs * width:
@@ -257,12 +284,12 @@ def commit_(P: Tensor, chains: Sequence[StepChain], groups: ParameterGroups) -> 
 
 
 def _columns(
-    block: list[tuple[AlikeSteps, int]], groups: ParameterGroups
+    block: list[tuple[AlikeSteps, int]], parameters: list[RecurrentParameter]
 ) -> list[tuple[list[list[_Use]], list[tuple[int, int]], int, int]]:
     """Parameters whose terms share every ``d``, together: uses, (first column, inputs) of each, all inputs, outputs."""
     together: dict[tuple[int, ...], list[tuple[list[_Use], int, int, int]]] = {}
     joined: dict[tuple[int, ...], Tensor] = {}
-    for number, parameter in enumerate(groups.core):
+    for number, parameter in enumerate(parameters):
         uses = _uses(block, parameter.start, joined)
         m = rows_count(uses[0].rows) if uses else parameter.shape.numel()
         entry = (uses, parameter.start, parameter.shape.numel() // max(m, 1), m)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparse_rtrl.cells.fused_pass import FusedPass
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,31 @@ class SlotCell(nn.Module):
         Override it together with ``update`` where the output costs something, so that capture does not compute it.
         """
         return self.update(x, h_read, h_write, routing)[0]
+
+    def fused_pass(self) -> FusedPass | None:
+        """Compiled operations that run whole segments of this cell; None, the default, if there are none."""
+        return None
+
+    def unroll(self, xs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Run several steps with plain autograd; without gradient in the fused pass, if there is one.
+
+        Args:
+            xs: inputs ``(n, B, ...)``.
+            state: state that enters the first step, ``(B, S, D)``.
+
+        Returns:
+            Outputs ``(n, B, ...)`` and the state after the last step.
+        """
+        fused = None if torch.is_grad_enabled() else self.fused_pass()
+        if fused is not None and (found := fused.evaluate(xs, state)) is not None:
+            return found
+        outputs = []
+        # Parametrized weights are constant within the chunk: evaluate them once, not at every step.
+        with parametrize.cached():
+            for x in xs:
+                output, _, state = self(x, state)
+                outputs.append(output)
+        return torch.stack(outputs), state
 
     def forward(
         self, x: Tensor, state: Tensor, routing: Routing | None = None

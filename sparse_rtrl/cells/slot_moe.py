@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 from sparse_rtrl.cells.expert_bank import ExpertBank
 from sparse_rtrl.cells.slot_cell import Routing, SlotCell, gather_slots
+from sparse_rtrl.cells.slot_moe_pass import SlotMoEPass
 
 
 def check_sizes(
@@ -158,6 +159,10 @@ class SlotMoECell(SlotCell):
             f"num_slots={self.num_slots}, slot_size={self.slot_size}, top_k={self.top_k}, "
             f"read_slots={self.read_slots}, write_slots={self.write_slots}, num_heads={self.num_heads}"
         )
+
+    def fused_pass(self) -> SlotMoEPass | None:
+        """Its compiled operations; a subclass, whose equations may be others, has none."""
+        return SlotMoEPass(self) if type(self) is SlotMoECell else None
 
     def _heads(self, vectors: Tensor) -> Tensor:
         return vectors.unflatten(-1, (self.num_heads, -1))

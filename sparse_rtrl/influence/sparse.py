@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import cmath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from sparse_rtrl.capture.jacobian import StepJacobian, direct_gradient
 from sparse_rtrl.capture.parameters import ParameterGroups
-from sparse_rtrl.capture.segment import compose
-from sparse_rtrl.capture.slot_moe_pass import FusedSteps, SlotMoePass, add_immediate_, fused_segment, pull_back_steps_
-from sparse_rtrl.capture.step_chain import StepChain, commit_, pull_back
+from sparse_rtrl.captured import Captured, Moved
 from sparse_rtrl.cells.slot_cell import Routing
 from sparse_rtrl.errors import NonFiniteError
 from sparse_rtrl.influence.plan import CatchUp, Plan, forced, plan
@@ -23,8 +20,8 @@ from sparse_rtrl.ops import dispatch
 from sparse_rtrl.ops.precision import full_precision
 from sparse_rtrl.ops.reference import slot_entries
 
-Captured: TypeAlias = StepJacobian | StepChain | FusedSteps
-"""A part of a window: a step, or several that were captured together."""
+Restore: TypeAlias = Callable[[dict[str, Any]], Captured]
+"""Makes a captured piece of a window again from its ``state_dict``."""
 PLAN_FIELDS = ("eager", "buffer", "levels", "product_from")
 
 
@@ -87,9 +84,8 @@ class Influence:
         self._every_pair = torch.ones_like(self.influenced).nonzero()
         self.handed_out = torch.zeros(batch_size, experts, hidden, **options)
         """Part of a sleeping expert's loss row vector that :meth:`flush` has paid already."""
-        self.fused: SlotMoePass | None = None
-        """The compiled pass of the cell, if it has one."""
         self.window: list[Captured] = []
+        """Steps that were captured and not committed yet, oldest first, all of one class."""
         self.window_loss_row = torch.zeros(batch_size, hidden, **options)
         """``dL/dh`` at the entry of the current window, of the losses of its steps so far."""
         self.window_key = object()
@@ -168,20 +164,20 @@ class Influence:
 
     def make_room(self, captured: Captured) -> None:
         """Commit the window if it is full, or if what comes next was captured in another way."""
-        other = self.window and isinstance(captured, FusedSteps) != isinstance(self.window[0], FusedSteps)
-        if other or sum(map(_count, self.window)) >= self.commit_every:
+        other = self.window and type(captured) is not type(self.window[0])
+        if other or sum(piece.count for piece in self.window) >= self.commit_every:
             self.commit()
 
     @full_precision
     def record(self, steps: Sequence[Captured]) -> None:
         """Add captured steps to the current window and wake the experts they use."""
         if self.plan is None and steps:
-            self._begin(self._make_plan(_routing(steps[0])))
+            self._begin(self._make_plan(steps[0].routing))
         for step in steps:
-            self._steps_since_flush += _count(step)
+            assert type(step) is type((self.window or steps)[0]), "a window holds steps of one class"
+            self._steps_since_flush += step.count
             self.window.append(step)
-            experts = step.experts if isinstance(step, FusedSteps) else step.routing.experts
-            used = torch.zeros_like(self.awake).scatter_(1, experts, True)
+            used = torch.zeros_like(self.awake).scatter_(1, step.experts, True)
             if self.tree is None:
                 self.influenced |= used
                 continue
@@ -208,26 +204,10 @@ class Influence:
             NonFiniteError: if ``u`` holds NaN or infinity, or the influence has overflowed.
         """
         check_finite(step, {"the gradient of the loss": u})
-        v = u
-        direct: list[tuple[Tensor, Tensor | None]] = []
-        before = self.window[:position]
-        if chains := _chains(before):
-            core_part, v = pull_back(chains, v, self.groups)
-            direct.append((core_part, None))
-            before = []
-        if fused := _fused(before):
-            totals = v.new_zeros(self.groups.core_columns), self._no_expert_gradient()
-            v = v.clone()
-            pull_back_steps_(fused, v, *totals)
-            direct.append(totals)
-            before = []
-        for captured in reversed(_steps(before)):
-            rows = slot_entries(captured.routing.write, self.slot_size)
-            written = v.gather(1, rows)
-            direct.append(direct_gradient(captured, written, self.groups))
-            gain = torch.bmm(written.unsqueeze(1), captured.Jh).squeeze(1)
-            support = slot_entries(captured.routing.support, self.slot_size)
-            v = v.scatter(1, rows, 0.0).scatter_add_(1, support, gain)
+        v, direct = u, None
+        if before := self.window[:position]:
+            direct = self.groups.zero_gradients(self.core)
+            v = type(before[0]).pull_back(before, u, *direct)
         self.window_loss_row += v
         every = torch.arange(self.batch_size, device=v.device)
         self._ops.loss_row_(self.core, v, every)
@@ -238,10 +218,9 @@ class Influence:
         if not bool(torch.isfinite(core.sum() + experts.sum())):
             bad = ~torch.isfinite(self.core).flatten(1).all(1)
             raise NonFiniteError(step, bad.nonzero().flatten().tolist(), "the influence, which has overflowed")
-        for core_part, expert_part in direct:
-            core += core_part
-            if expert_part is not None:
-                experts += expert_part
+        if direct is not None:
+            core += direct[0]
+            experts += direct[1]
         return core, experts
 
     @full_precision
@@ -300,51 +279,37 @@ class Influence:
         """Move the influence through the steps of the window, and append them to the tree as one segment."""
         if not self.window:
             return
-        if chains := _chains(self.window):
-            commit_(self.core, chains, self.groups)
-            self.commits += 1
-            self._new_window()
-            return
-        fused = _fused(self.window)
-        if fused:
-            segment, rows = fused_segment(fused, self.num_slots * self.slot_size)
-        else:
-            segment = compose(_steps(self.window), self.groups, self.num_slots, self.slot_size)
-        if self.tree is not None:
-            oldest_kept = self.commits + 1 - self.tree.capacity
-            expiring = (self.influenced & ~self.awake & (self.last_update < oldest_kept)).nonzero()
-            if len(expiring):
-                self.events["expiries"] += len(expiring)
-                self._catch_up(expiring)
-        for P, factors in ((self.core, segment.core), (self.experts, segment.expert)):
-            self._ops.influence_update_(
-                P,
-                segment.Jh,
-                segment.write,
-                segment.support,
-                None,
-                factors.streams,
-                factors.groups,
-                factors.deltas,
-                factors.zs,
-                factors.offsets,
-            )
-        if fused:
-            add_immediate_(self.core, self.experts, rows, fused)
-        if self.tree is None:
-            idle = self.awake.flatten().index_fill(0, segment.expert.groups, False).view_as(self.awake).nonzero()
-            self._apply(segment.Jh, segment.write, segment.support, None, idle)
-        else:
-            self._append(self.tree, segment.Jh, segment.write, segment.support)
-            self.influenced |= self.awake
-            current = self.awake | ~self.influenced
-            self.last_update[current] = self.commits + 1
-            self.handed_out[current] = 0
-            self.awake.zero_()
+        self._wake_expiring()
+        kind, last = type(self.window[0]), self.window[-1]
+        moved = kind.commit_(self.window, self.core, self.experts, self.num_slots, self._ops)
+        if moved is not None:
+            self._pass_on(moved)
         self.commits += 1
-        routing = _routing(self.window[-1])
         self._new_window()
-        self._plan_again(routing)
+        self._plan_again(last.routing)
+
+    def _wake_expiring(self) -> None:
+        """Before a commit: bring experts up to date whose Jacobians it pushes out of the tree."""
+        if self.tree is None:
+            return
+        oldest_kept = self.commits + 1 - self.tree.capacity
+        expiring = (self.influenced & ~self.awake & (self.last_update < oldest_kept)).nonzero()
+        if len(expiring):
+            self.events["expiries"] += len(expiring)
+            self._catch_up(expiring)
+
+    def _pass_on(self, moved: Moved) -> None:
+        """Move the experts that a committed window did not use as well, or keep its map for them in the tree."""
+        if self.tree is None:
+            idle = self.awake.flatten().index_fill(0, moved.experts, False).view_as(self.awake).nonzero()
+            self._apply(moved.Jh, moved.write, moved.support, None, idle)
+            return
+        self._append(self.tree, moved.Jh, moved.write, moved.support)
+        self.influenced |= self.awake
+        current = self.awake | ~self.influenced
+        self.last_update[current] = self.commits + 1
+        self.handed_out[current] = 0
+        self.awake.zero_()
 
     @full_precision
     def reset(self, streams: Tensor) -> None:
@@ -367,8 +332,7 @@ class Influence:
             last = self.window[-1]
             self._new_window()
             self.awake.fill_(self.tree is None)
-            if not isinstance(last, StepChain):
-                self._plan_again(_routing(last))
+            self._plan_again(last.routing)
 
     def matrices(self) -> dict[str, Tensor]:
         """Influence ``dh/dθ`` of every parameter now, ``(B, H, *shape)``; commits and wakes every sleeper first."""
@@ -408,11 +372,12 @@ class Influence:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume bit for bit, the window included; nothing is committed.
 
-        A window of chains (:class:`~sparse_rtrl.capture.step_chain.StepChain`) must be committed before.
+        Raises:
+            RuntimeError: if the window holds steps of a class that cannot be saved; commit it before.
         """
         return {
             **{name: getattr(self, name).clone() for name in _TENSORS},
-            "window": [captured.state_dict() for captured in _savable(self.window)],
+            "window": [captured.state_dict() for captured in self.window],
             "parameters": [(p.name, p.start) for p in self.groups.all],
             "commits": self.commits,
             "plan": None if self.plan is None else {name: getattr(self.plan, name) for name in PLAN_FIELDS},
@@ -421,12 +386,35 @@ class Influence:
             "tree": None if self.tree is None else self.tree.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], restore: Restore) -> None:
         """Restore what :meth:`state_dict` returned.
+
+        Args:
+            state: what it returned.
+            restore: makes each piece of its window again.
 
         Raises:
             ValueError: if it came from other shapes or another way to catch up; nothing is changed then.
         """
+        self._check_layout(state)
+        saved = None if state["plan"] is None else Plan(**state["plan"])
+        self._check_plan(saved)
+        window = [restore(captured) for captured in state["window"]]
+        tree = None if saved is None or saved.eager else self._new_tree(saved)
+        if tree is not None:
+            tree.load_state_dict(state["tree"])
+        self.plan, self.tree = saved, tree
+        self._steps_since_flush, self._flush_interval, self._planned_interval = state["intervals"]
+        for name in _TENSORS:
+            getattr(self, name).copy_(state[name])
+        self._rows_hold_gradients = True
+        self.commits = state["commits"]
+        self.events = Counter(state["events"])
+        self.window = window
+        self.window_key = object()
+
+    def _check_layout(self, state: dict[str, Any]) -> None:
+        """Refuse a saved state of other parameters or shapes."""
         layout = [(p.name, p.start) for p in self.groups.all]
         given = [(name, start) for name, start in state["parameters"]]
         if given != layout:
@@ -438,35 +426,16 @@ class Influence:
                     f"{name} must be {expected.dtype} of shape {tuple(expected.shape)},"
                     f" got {got.dtype} {tuple(got.shape)}: the state is of another cell, batch size or dtype"
                 )
-        for captured in state["window"]:
-            if "saved" not in captured:
-                continue
-            if self.fused is None:
-                raise ValueError("the state holds steps of a compiled pass, which is not there: use the same backend")
-            sizes = self.fused.sizes
-            if tuple(captured["sizes"]) != sizes:
-                raise ValueError(
-                    "the state must be of a cell with (num_heads, read_slots, write_slots, top_k) ="
-                    f" {sizes}, got {tuple(captured['sizes'])}"
-                )
-        saved = None if state["plan"] is None else Plan(**state["plan"])
+
+    def _check_plan(self, saved: Plan | None) -> None:
+        """Refuse a saved state whose experts sleep in another way than was asked for here."""
+        if saved is None:
+            return
         eager = self.catch_up == "eager" or not self.groups.num_experts
-        if (eager or self.catch_up != "auto") and saved is not None and saved.eager != eager:
+        if (eager or self.catch_up != "auto") and saved.eager != eager:
             raise ValueError("the state was saved with catch_up='eager' on one side only; use the same catch_up")
-        if self.buffer != "auto" and saved is not None and not saved.eager and saved.buffer != self.buffer:
+        if self.buffer != "auto" and not saved.eager and saved.buffer != self.buffer:
             raise ValueError(f"the state must come from a learner with capacity {self.buffer}, got {saved.buffer}")
-        tree = None if saved is None or saved.eager else self._new_tree(saved)
-        if tree is not None:
-            tree.load_state_dict(state["tree"])
-        self.plan, self.tree = saved, tree
-        self._steps_since_flush, self._flush_interval, self._planned_interval = state["intervals"]
-        for name in _TENSORS:
-            getattr(self, name).copy_(state[name])
-        self._rows_hold_gradients = True
-        self.commits = state["commits"]
-        self.events = Counter(state["events"])
-        self.window = [self._captured(captured) for captured in state["window"]]
-        self.window_key = object()
 
     def adopt(self, other: Influence) -> None:
         """Take over the influence of an object for the same cell with fewer parameters; new columns stay zero."""
@@ -491,20 +460,10 @@ class Influence:
         elif self.tree is not None:
             self.tree.begin_at(other.commits)
 
-    def _captured(self, state: dict[str, Any]) -> Captured:
-        """A part of a window from its ``state_dict``."""
-        if "saved" not in state:
-            return StepJacobian.from_state_dict(state, self.core.device)
-        assert self.fused is not None
-        return FusedSteps.from_state_dict(self.fused, state)
-
     def _new_window(self) -> None:
         self.window = []
         self.window_loss_row.zero_()
         self.window_key = object()
-
-    def _no_expert_gradient(self) -> Tensor:
-        return self.core.new_zeros(self.groups.num_experts, self.groups.expert_columns)
 
     def _rows(self, pairs: Tensor) -> Tensor:
         """Rows of ``experts`` that belong to (stream, expert) pairs ``(M, 2)``."""
@@ -588,7 +547,7 @@ class Influence:
         core = self.core[:, -1].sum(0)
         self.core[:, -1] = 0
         rows, loss_rows = self._rows(pairs), self.experts[:, -1]
-        taken = self._no_expert_gradient()
+        _, taken = self.groups.zero_gradients(self.core)
         taken.index_add_(0, pairs[:, 1], loss_rows.index_select(0, rows))
         loss_rows.index_fill_(0, rows, 0.0)
         return core, taken
@@ -601,44 +560,6 @@ class Influence:
             support = torch.cat((support, every), 1)
             Jh = torch.cat((Jh, Jh.new_zeros(*Jh.shape[:2], outside.shape[1])), 2)
         tree.append_segment(Jh, write, support, self.window_loss_row)
-
-
-def _count(captured: Captured) -> int:
-    """Steps that a captured part of the window counts as."""
-    return captured.count if isinstance(captured, FusedSteps) else 1
-
-
-def _routing(captured: Captured) -> Routing:
-    """A routing of a captured part of the window: what its last step touched."""
-    return captured.routings[-1] if isinstance(captured, FusedSteps) else captured.routing
-
-
-def _fused(window: Sequence[Captured]) -> list[FusedSteps]:
-    """The window, if all of it was run by a fused pass."""
-    return [captured for captured in window if isinstance(captured, FusedSteps)]
-
-
-def _chains(window: Sequence[Captured]) -> list[StepChain]:
-    """The window, if all of it was captured as chains of steps."""
-    chains = [captured for captured in window if isinstance(captured, StepChain)]
-    return chains if len(chains) == len(window) else []
-
-
-def _steps(window: Sequence[Captured]) -> list[StepJacobian]:
-    """A window without fused steps, with every chain as one step."""
-    out = []
-    for captured in window:
-        assert not isinstance(captured, FusedSteps)
-        out.append(captured.as_step if isinstance(captured, StepChain) else captured)
-    return out
-
-
-def _savable(window: Sequence[Captured]) -> list[StepJacobian | FusedSteps]:
-    """The window, which must hold no chain."""
-    steps = [captured for captured in window if not isinstance(captured, StepChain)]
-    if len(steps) < len(window):
-        raise RuntimeError("a window of chains cannot be saved: commit it first")
-    return steps
 
 
 def check_finite(step: int, values: dict[str, Tensor]) -> None:

@@ -307,7 +307,7 @@ class BlockRTRL:
 
 
 def _load(engine: Engine, state: dict[str, Any]) -> None:
-    engine.influence.load_state_dict(state["influence"])
+    engine.load_influence(state["influence"])
     engine.steps = state["steps"]
     if "verifier" in state:
         engine.verifier.load_state_dict(state["verifier"])

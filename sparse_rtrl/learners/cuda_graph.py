@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from sparse_rtrl.capture.jacobian import StepJacobian
 from sparse_rtrl.capture.parameters import RecurrentParameter
-from sparse_rtrl.capture.segment import compose_fixed
+from sparse_rtrl.capture.segment import StepJacobian, compose_fixed
 from sparse_rtrl.cells.slot_cell import gather_slots, scatter_slots
 from sparse_rtrl.errors import ContractError, NonFiniteError
 from sparse_rtrl.learners.engine import Engine
@@ -345,7 +344,7 @@ class FixedSteps:
     def _commit(self, segment: _Segment) -> None:
         engine = self.engine
         influence, groups = engine.influence, engine.groups
-        moved, idle = compose_fixed(segment.steps, groups, engine.cell.num_slots, engine.cell.slot_size)
+        moved, idle = compose_fixed(segment.steps, groups.num_experts, engine.cell.num_slots, engine.cell.slot_size)
         for P, factors in ((influence.core, moved.core), (influence.experts, moved.expert)):
             if len(factors.groups):
                 self._ops.influence_update_(

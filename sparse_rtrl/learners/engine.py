@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from sparse_rtrl.capture.fused import FusedCapture, FusedSteps
 from sparse_rtrl.capture.jacobian import (
     JacobianCapture,
-    StepJacobian,
     gradients,
     gradients_of_rows,
     nearby,
@@ -20,11 +20,12 @@ from sparse_rtrl.capture.jacobian import (
     without_hooks,
 )
 from sparse_rtrl.capture.parameters import ParameterGroups
-from sparse_rtrl.capture.slot_moe_pass import FusedSteps, SlotMoePass
+from sparse_rtrl.capture.segment import StepJacobian
 from sparse_rtrl.capture.verify import Verifier, Verify, tolerance_of
-from sparse_rtrl.cells.slot_cell import Routing, SlotCell
+from sparse_rtrl.captured import Captured
+from sparse_rtrl.cells.slot_cell import Routing, SlotCell, gather_slots, scatter_slots
 from sparse_rtrl.errors import ContractError, DisagreementError, NonFiniteError
-from sparse_rtrl.influence.estimate import check_memory
+from sparse_rtrl.influence.estimate import MAX_COMMIT_EVERY, MAX_FUSED_COMMIT_EVERY, check_memory, choose_commit_every
 from sparse_rtrl.influence.plan import CatchUp
 from sparse_rtrl.influence.sparse import Influence, check_finite
 from sparse_rtrl.learners.parametrized import make_picklable
@@ -111,7 +112,7 @@ class Engine:
         self.capture = JacobianCapture(self.cell, self.groups, self.capture_by == "dense")
         self.fused = None
         if self.capture_by == "auto":
-            self.fused = SlotMoePass.of_cell(self.cell, self.groups, self.backend, like.device, like.dtype)
+            self.fused = FusedCapture.of_cell(self.cell, self.groups, self.backend, like.device, like.dtype)
         self.influence = Influence(
             self.groups,
             self.batch_size,
@@ -123,7 +124,6 @@ class Engine:
             like.device,
             self.backend,
         )
-        self.influence.fused = self.fused
 
     @full_precision
     def tensors(self) -> list[Tensor]:
@@ -251,6 +251,82 @@ class Engine:
                 core[..., parameter.columns] = row.flatten(2)
         return core, experts
 
+    def choose_commit_every(self, x: Tensor, state: Tensor) -> int:
+        """The cheapest number of steps of a window, by the routing of one step.
+
+        Args:
+            x: input ``(B, ...)``.
+            state: ``(B, S, D)``.
+        """
+        with torch.no_grad():
+            routing = self.cell.route(x, state)
+        most = MAX_COMMIT_EVERY if self.fused is None else MAX_FUSED_COMMIT_EVERY
+        return choose_commit_every(self.cell, self.groups, routing, most)
+
+    def run(
+        self, xs: Tensor, state: Tensor, tensors: list[Tensor]
+    ) -> tuple[Tensor | list[Tensor], list[Captured], Tensor, list[Routing]]:
+        """Run consecutive steps and capture them, in the cell's fused pass if it can run now.
+
+        Args:
+            xs: inputs ``(n, B, ...)``.
+            state: state that enters them, ``(B, S, D)``, with the graph of its past.
+            tensors: from :meth:`checked_tensors`.
+
+        Returns:
+            Outputs ``(n, B, ...)`` or one by one, what was captured, the new state and what each step touched.
+
+        Raises:
+            ContractError, DisagreementError, NonFiniteError: as :meth:`steps_of`.
+        """
+        if self.fused is not None and self.fused.usable(tensors):
+            return self._run_fused(self.fused, xs, state, tensors)
+        return self._run_step_by_step(xs, state, tensors)
+
+    def _run_fused(
+        self, fused: FusedCapture, xs: Tensor, state: Tensor, tensors: list[Tensor]
+    ) -> tuple[Tensor, list[Captured], Tensor, list[Routing]]:
+        """Run all steps in one compiled call."""
+        steps, slots, new_state = fused.run(xs, state, tensors)
+        self._check_fused(steps, new_state, tensors)
+        if self.verifier.due():
+            fused.compare(steps, slots, state, new_state, tensors, self.verifier, self.steps)
+        slots = fused.with_graph(steps, slots, state, tensors)
+        return fused.outputs(steps, slots), [steps], new_state, steps.routings
+
+    def _run_step_by_step(
+        self, xs: Tensor, state: Tensor, tensors: list[Tensor]
+    ) -> tuple[list[Tensor], list[Captured], Tensor, list[Routing]]:
+        """Run the cell's own code step by step, and capture the Jacobians of the steps."""
+        outputs, entered, routings, ran = [], [], [], []
+        for number, x in enumerate(xs, self.steps):
+            before = state._version
+            with torch.no_grad():
+                routing = self.checked_routing(self.cell.route(x, state))
+            if state._version != before:
+                raise ContractError(["route must not change the state, which it did in place; let it work on a copy"])
+            entered.append(state.detach())
+            routings.append(routing)
+            h_write_new, output = self.cell.update(
+                x, gather_slots(state, routing.read), gather_slots(state, routing.write), routing
+            )
+            self._check_update(h_write_new, output, routing)
+            ran.append(h_write_new.detach())
+            state = scatter_slots(state, routing.write, h_write_new.to(state.dtype))
+            self.check_new_state(state, routing, tensors, number)
+            outputs.append(output)
+        captured: list[Captured] = [*self.steps_of(xs, entered, routings, tensors, ran, self.steps)]
+        return outputs, captured, state, routings
+
+    def _check_update(self, h_write_new: Tensor, output: Tensor, routing: Routing) -> None:
+        expected = (self.batch_size, routing.write.shape[1], self.cell.slot_size)
+        if tuple(h_write_new.shape) != expected:
+            raise ContractError(
+                [f"update must return the written slots first, shape {expected}, got {tuple(h_write_new.shape)}"]
+            )
+        if not isinstance(output, Tensor) or output.shape[:1] != (self.batch_size,):
+            raise ContractError([f"update must return an output (B, ...) second, got {described(output)}"])
+
     def steps_of(
         self,
         xs: Tensor,
@@ -293,7 +369,7 @@ class Engine:
                 self.capture.compare(again[t], xs[t], near[t], routings[t], tensors, self.verifier, number + t)
         return steps
 
-    def check_fused(self, steps: FusedSteps, state: Tensor, tensors: list[Tensor]) -> None:
+    def _check_fused(self, steps: FusedSteps, state: Tensor, tensors: list[Tensor]) -> None:
         """Check that all that fused steps computed is finite, and the state after them.
 
         Raises:
@@ -361,6 +437,22 @@ class Engine:
                 tensor = parameter.tensor
             torch.autograd.backward(tensor, gradient)
 
+    def load_influence(self, state: dict[str, Any]) -> None:
+        """Restore what ``influence.state_dict()`` returned.
+
+        Raises:
+            ValueError: if it does not fit; nothing is changed then.
+        """
+        self.influence.load_state_dict(state, self._restore)
+
+    def _restore(self, state: dict[str, Any]) -> Captured:
+        """A captured piece of a window from its ``state_dict``."""
+        if "saved" not in state:
+            return StepJacobian.from_state_dict(state, self.device)
+        if self.fused is None:
+            raise ValueError("the state holds steps of a compiled pass, which is not there: use the same backend")
+        return self.fused.restore(state)
+
     def flush(self) -> None:
         """Add to ``.grad`` what sleeping experts are owed and every loss row that was not handed out yet.
 
@@ -424,6 +516,11 @@ def refusals(module: nn.Module) -> list[str]:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
         return ["has sparse gradients, which cannot be carried; use sparse=False"]
     return []
+
+
+def described(value: Any) -> str:
+    """A value's shape, if it is a tensor, or else its type, for messages."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:

@@ -185,7 +185,7 @@ suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
 diagonal_update_ = torch.ops.sparse_rtrl.diagonal_update_
 diagonal_loss_ = torch.ops.sparse_rtrl.diagonal_loss_
 
-# The recurrence of SlotMoECell as a whole; compiled for the CPU only, see slot_moe_pass.py.
+# The recurrence of SlotMoECell as a whole; compiled for the CPU only, see cells/slot_moe_pass.py.
 slot_moe_forward = torch.ops.sparse_rtrl.slot_moe_forward
 slot_moe_pull_back_ = torch.ops.sparse_rtrl.slot_moe_pull_back_
 slot_moe_transfer_ = torch.ops.sparse_rtrl.slot_moe_transfer_

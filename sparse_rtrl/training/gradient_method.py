@@ -11,9 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
 
-from sparse_rtrl.capture.slot_moe_pass import run_without_learning, runs_fused
 from sparse_rtrl.cells.diagonal_cell import DiagonalCell
 from sparse_rtrl.cells.slot_cell import SlotCell
 from sparse_rtrl.errors import NonFiniteLossError
@@ -52,20 +50,10 @@ def unroll(model: RecurrentModel, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     Returns:
         Outputs ``(n, B, output_size)`` and the state after the last step.
     """
-    if isinstance(model, DiagonalCell):
+    if isinstance(model, (DiagonalCell, SlotCell)):
         return model.unroll(x, state)
-    if not isinstance(model, SlotCell):
-        outputs, state = model(x, state)
-        return outputs, state
-    if not torch.is_grad_enabled() and runs_fused(model, state):
-        return run_without_learning(model, x, state)
-    steps = []
-    # Parametrized weights are constant within the chunk: evaluate them once, not at every step.
-    with parametrize.cached():
-        for x_t in x:
-            output, _, state = model(x_t, state)
-            steps.append(output)
-    return torch.stack(steps), state
+    outputs, state = model(x, state)
+    return outputs, state
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparse_rtrl.capture.chain_capture import ChainCapture
-from sparse_rtrl.capture.jacobian import Factors, StepJacobian
 from sparse_rtrl.capture.parameter_uses import SegmentGraph
 from sparse_rtrl.capture.parameters import ParameterGroups, RecurrentParameter
+from sparse_rtrl.capture.segment import Factors, StepJacobian
 from sparse_rtrl.capture.step_chain import StepChain, pull_back
 from sparse_rtrl.cells.slot_cell import Routing
 from sparse_rtrl.influence.estimate import MAX_WINDOW_STEPS, check_memory
@@ -51,14 +51,16 @@ class Exact(Past):
             self._influence.commit()
             self._window_steps = 0
         captured = self._captured(end, entry, graph)
+        steps = captured.count if isinstance(captured, StepChain) else _applications(captured)
+        window = self._influence.window
+        if window and type(window[0]) is not type(captured):  # a window holds pieces of one class
+            window[:] = [_as_step(piece) for piece in window]
+            captured = _as_step(captured)
         self._influence.record([captured])
         if entry is None:  # nothing lies before it that a loss could reach
             self._influence.commit()
             return
-        if isinstance(captured, StepChain):
-            self._window_steps += captured.count
-        else:
-            self._window_steps += max((term.tau for term in captured.core.terms), default=1)
+        self._window_steps += steps
 
     def _captured(self, end: Tensor, entry: Tensor | None, graph: SegmentGraph) -> StepChain | StepJacobian:
         """The Jacobians of the segment, step by step if it is a chain of simple steps, else as one map."""
@@ -75,7 +77,8 @@ class Exact(Past):
             if self.verifier.due():
                 assert self._groups is not None
                 stream, c = self.verifier.cotangent(end)
-                direct, u = pull_back([chain], c, self._groups)
+                direct, _ = self._groups.zero_gradients(c)
+                u = pull_back([chain], c, direct)
                 self._verify(end, entry, graph, stream, c, u, direct)
             return chain
         J, factors = self._jacobians(end, entry, graph)
@@ -130,4 +133,15 @@ class Exact(Past):
 
     def _load(self, kept: Any) -> None:
         assert self._influence is not None
-        self._influence.load_state_dict(kept)
+        device = self._influence.core.device
+        self._influence.load_state_dict(kept, lambda state: StepJacobian.from_state_dict(state, device))
+
+
+def _applications(captured: StepJacobian) -> int:
+    """Steps of a segment that was captured as one map: how often it applied the map that it applied most."""
+    return max((term.tau for term in captured.core.terms), default=1)
+
+
+def _as_step(captured: Any) -> StepJacobian:
+    """A segment as one step with dense factors."""
+    return captured.as_step if isinstance(captured, StepChain) else captured

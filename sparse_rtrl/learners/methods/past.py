@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sparse_rtrl.capture.graph_capture import GraphCapture
-from sparse_rtrl.capture.jacobian import Factors
 from sparse_rtrl.capture.parameter_uses import SegmentGraph, without_hooks, without_reducers
 from sparse_rtrl.capture.parameters import RecurrentParameter
+from sparse_rtrl.capture.segment import Factors
 from sparse_rtrl.capture.verify import OTHER_STREAMS, STATE, Verifier, tolerance_of
 from sparse_rtrl.influence.sparse import check_finite
 

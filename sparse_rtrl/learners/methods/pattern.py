@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_rtrl.capture.jacobian import Factors, Term
 from sparse_rtrl.capture.parameter_uses import SegmentGraph
 from sparse_rtrl.capture.parameters import RecurrentParameter
+from sparse_rtrl.capture.segment import Factors, Term
 from sparse_rtrl.learners.methods.pending import PendingPast
 from sparse_rtrl.ops.precision import full_precision
 
