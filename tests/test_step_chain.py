@@ -1,5 +1,7 @@
 """Segments that are kept as chains of simple steps: when they are, that they are exact, and their memory."""
 
+import itertools
+
 import pytest
 import torch
 from oracle import gradients_of, worst_error
@@ -120,7 +122,7 @@ def test_windows_mix_chains_and_general_segments():
         h = carry(h)
         (output * c[t]).sum().backward()
         windows.append([type(segment) for segment in carry._past._influence.window])
-    grown = [(a, b) for a, b in zip(windows, windows[1:], strict=False) if len(b) == len(a) + 1 > 1]
+    grown = [(a, b) for a, b in itertools.pairwise(windows) if len(b) == len(a) + 1 > 1]
     assert any(a[0] is StepChain and b[0] is StepJacobian for a, b in grown)  # what was a chain became a step
     assert worst_error(gradients_of(model), expected) <= EXACT
 
