@@ -402,6 +402,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--lengths must be powers of two from 64 on, got {options.lengths}")
     if options.memory is None:
         options.memory = psutil.virtual_memory().available / 2**31
+    torch.set_num_threads(1)  # this process forks again for the next sizes: what it computes must start no threads
     # Compilation within each process; a pool of compilers would be forked with threads running.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     lengths = sorted(set(options.lengths))
