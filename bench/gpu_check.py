@@ -39,7 +39,7 @@ from sparse_rtrl.ops.triton_backend import WITHOUT_PRECISION
 from sparse_rtrl.triton_kernels import launch
 
 ROOT = Path(__file__).parent.parent
-TESTS = {"tests/test_triton.py": "pytest", "tests/test_cuda.py": "hypothesis"}
+TESTS = {"tests/ops/test_triton.py": "pytest", "tests/ops/test_cuda.py": "hypothesis"}
 """Files with tests that run on the device, and the package that each needs; without it a file is left out."""
 
 SHAPES = ((32, 64, 128, 8192), (8, 128, 256, 32768), (64, 32, 64, 4096), (1, 64, 128, 8192))

@@ -99,6 +99,16 @@ def test_the_order_is_the_one_that_contributors_read():
     assert ", ".join(FLOORS) in text
 
 
+def test_tests_mirror_the_packages():
+    tests = Path(__file__).parent
+    folders = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")} - {
+        ".",
+        "ecosystem",
+        "fuzz",
+    }
+    assert folders == {name for name in FLOORS if (PACKAGE / name).is_dir()}
+
+
 def test_old_import_paths_work_for_one_release():
     code = (
         "import warnings; warnings.simplefilter('error', DeprecationWarning)\n"

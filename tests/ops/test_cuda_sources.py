@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_problem import check_tree_operations
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 SMALL = 32 * 1024
 """Shared memory that makes the launcher take narrow column tiles already for small states."""

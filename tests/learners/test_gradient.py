@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import bptt, cotangents, gradients_of, inputs, online, worst_error
 from pattern_cell import PatternCell, make_pattern
-from test_tree import swap_products
 from torch.func import functional_call
+from tree_oracle import swap_products
 
 from sparse_rtrl import RTRL, SlotMoECell, SparseLatentMoECell
 from sparse_rtrl.capture.jacobian import JacobianCapture

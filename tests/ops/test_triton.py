@@ -678,8 +678,8 @@ def test_kernels_compile_ahead_of_time(tmp_path):
     """For sm_80 and sm_90: no error, no spilled register, and matrix units wherever the precision allows them."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    script = Path(__file__).parent / "compile_kernels.py"
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    script = Path(__file__).parents[1] / "compile_kernels.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]

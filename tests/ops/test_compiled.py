@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import bptt, cotangents, inputs, online, worst_error
 from pattern_cell import PatternCell, make_pattern, pick
 from ring_problem import assert_as_good_as_reference, check_tree_operations, randn
-from test_tree import Dense, random_segment
+from tree_oracle import Dense, random_segment
 
 import sparse_rtrl.influence.sparse
 from sparse_rtrl import RTRL, CircularTree

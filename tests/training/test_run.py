@@ -213,7 +213,7 @@ def test_random_states_are_restored(lazy_states):
 
 
 def test_killed_at_random_moments():
-    tool = Path(__file__).parents[1] / "tools" / "kill_resume.py"
+    tool = Path(__file__).parents[2] / "tools" / "kill_resume.py"
     arguments = [sys.executable, str(tool), "--fork", "--kills", "3", "--updates", "12"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tool.parents[1])}
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True)

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
+from carry_oracle import EXACT, F64, Stepwise, bptt, carried, data
 from oracle import gradients_of, worst_error
-from test_carry import EXACT, F64, Stepwise, bptt, carried, data
 from torch import nn
 
 from sparse_rtrl import Carry

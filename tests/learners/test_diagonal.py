@@ -632,7 +632,7 @@ def test_check_cell_names_violations():
 
 
 def test_the_cell_of_the_documentation_keeps_its_contract():
-    text = (Path(__file__).parent.parent / "docs" / "diagonal.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "diagonal.md").read_text()
     code = text.split("```python")[2].split("```")[0]
     names: dict = {"sparse_rtrl": sparse_rtrl, "nn": torch.nn, "torch": torch, "Learned": Learned, "Mapped": Mapped}
     exec(code, names)

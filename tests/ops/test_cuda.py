@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_cell import pick
+from recorded_steps import BATCH, check_equal, new_cell, train
 from ring_problem import check_tree_operations
-from test_cuda_graph import BATCH, check_equal, new_cell, train
 from torch.nn.utils import parametrize
 
 from sparse_rtrl import RTRL, CircularTree

@@ -166,7 +166,7 @@ def test_other_instruction_sets(cpu: str) -> None:
     code = "import test_slot_moe_pass as t\nfor n in t.SIZES: t.test_gradient_is_that_of_bptt(n, 7)"
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "SPARSE_RTRL_CPU": cpu},
+        env={**os.environ, "SPARSE_RTRL_CPU": cpu, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         cwd=Path(__file__).parent,
     )
