@@ -20,7 +20,7 @@ from torch import Tensor
 from training_runs import accuracy_of, save, train
 
 from sparse_rtrl.cells.slot_cell import SlotCell
-from sparse_rtrl.cli.contestant import RunConfig, build_method
+from sparse_rtrl.cli.experiment import RunConfig, build_method
 from sparse_rtrl.training.checkpoint import load_checkpoint, save_checkpoint
 from sparse_rtrl.training.evaluation import Accuracy
 from sparse_rtrl.training.gradient_method import unroll

@@ -139,8 +139,8 @@ ENGINE = [
     Fault(
         "unpaid_gradient",
         "a flush pays sleeping experts nothing",
-        "owed = total - self.handed_out[streams, experts]",
-        "owed = torch.zeros_like(total)",
+        "deferred = total - self.handed_out[streams, experts]",
+        "deferred = torch.zeros_like(total)",
         ("tests/learners/test_gradient.py::test_several_optimizer_steps_during_a_sleep",),
     ),
     Fault(
@@ -181,7 +181,7 @@ ENGINE = [
     Fault(
         "reset_forgets_the_payment",
         "streams that start anew lose what their sleepers are owed",
-        "        self._pay(self.influenced & ~self.awake & streams.unsqueeze(1))\n",
+        "        self._form_deferred(self.influenced & ~self.awake & streams.unsqueeze(1))\n",
         "",
         ("tests/learners/test_gradient.py::test_resets_of_single_streams",),
     ),
@@ -409,14 +409,14 @@ ENGINE = [
     Fault(
         "clipping_before_flush_not_noticed",
         "deferred gradients are added to gradients that were clipped",
-        "if any(map(self._changed, self._parameters)) and self._owes():",
+        "if any(map(self._changed, self._parameters)) and self._defers():",
         "if False:",
         ("tests/learners/test_deferred.py::test_a_changed_gradient_is_not_added_to",),
     ),
     Fault(
         "unattached_optimizer_not_noticed",
         "an optimizer may step without what sleeping experts are owed",
-        "if not first and not paid and engine.influence.owes():",
+        "if not first and not flushed and engine.influence.defers():",
         "if False:",
         ("tests/learners/test_deferred.py::test_an_optimizer_that_is_not_attached_is_noticed_once",),
     ),

@@ -607,6 +607,32 @@ def segment_times(path: Path) -> None:
 
 
 @table
+def registered() -> str:
+    """What the command line offers, from where it is registered."""
+    from sparse_rtrl.cells.registry import CELLS
+    from sparse_rtrl.cli.experiment import METHODS
+    from sparse_rtrl.training.corpora import CORPORA
+    from sparse_rtrl.training.tasks import TASKS
+
+    def first_line(kind: type) -> str:
+        return (kind.__doc__ or "").partition("\n")[0].rstrip(".")
+
+    rows = [("--method", name, method.meaning) for name, method in METHODS.items()]
+    rows += [("--cell", name, first_line(cell.kind)) for name, cell in CELLS.items()]
+    rows += [("--task", name, first_line(task)) for name, task in TASKS.items()]
+    rows += [("--task", name, f"Predict {corpus.meaning}") for name, corpus in CORPORA.items()]
+    return markdown(["option", "value", "what it is"], [[f"`{a}`", f"`{b}`", c] for a, b, c in rows])
+
+
+@table
+def metrics() -> str:
+    """What a run logs."""
+    from sparse_rtrl.training.metrics import METRICS
+
+    return markdown(["metric", "what it says"], [[f"`{m.name}`", m.meaning] for m in METRICS.values()])
+
+
+@table
 def sleeping_experts() -> str:
     """Influence work with the planner and without."""
     rows = load("lazy_cpu.json")["rows"]

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from sparse_rtrl.cli import commands
-from sparse_rtrl.cli.contestant import RunConfig
+from sparse_rtrl.cli.experiment import RunConfig
 from sparse_rtrl.training import runlog
 from sparse_rtrl.training.checkpoint import SUFFIX, load_checkpoint
 

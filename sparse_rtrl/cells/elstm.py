@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.cells.registry import register_cell
 
 
 class ELSTMReadout(nn.Module):
@@ -27,6 +28,7 @@ class ELSTMReadout(nn.Module):
         return self.linear(torch.sigmoid(self.gate(torch.cat((x, c), dim=-1))) * c)
 
 
+@register_cell("elstm", lambda of: {"hidden_size": of.units})
 class ELSTMCell(DiagonalCell):
     r"""Element-wise LSTM (Irie, Gopalakrishnan & Schmidhuber 2023, Exploring the Promise and Limits of RTRL).
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.cells.registry import register_cell
 
 
 class LRUReadout(nn.Module):
@@ -31,6 +32,7 @@ class LRUReadout(nn.Module):
         return h.real @ self.real.t() - h.imag @ self.imag.t() + x @ self.skip.t()
 
 
+@register_cell("lru", lambda of: {"hidden_size": of.units})
 class LRUCell(DiagonalCell):
     r"""Linear recurrent unit (Orvieto et al. 2023, Resurrecting Recurrent Neural Networks for Long Sequences).
 

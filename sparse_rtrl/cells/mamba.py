@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.cells.registry import register_cell
 
 
 class MambaReadout(nn.Module):
@@ -34,6 +35,7 @@ class MambaReadout(nn.Module):
         return self.linear(F.silu(self.gate(x)) * y)
 
 
+@register_cell("mamba", lambda of: {"channels": of.units})
 class MambaCell(DiagonalCell):
     r"""Selective state space layer S6 (Gu & Dao 2023, Mamba, algorithm 2 and section 3.6), in its recurrent form.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.cells.registry import register_cell
 
 
 class RetentionReadout(nn.Module):
@@ -40,6 +41,7 @@ class RetentionReadout(nn.Module):
         return self.linear(F.silu(self.gate(x)) * retained)
 
 
+@register_cell("retention", lambda of: {"num_heads": of.num_slots, "head_size": of.slot_size}, ("decay", "token_shift"))
 class RetentionCell(DiagonalCell):
     r"""Multi-scale retention in its recurrent form (Sun et al. 2023, Retentive Network, section 2).
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rtrl.cells.diagonal_cell import DiagonalCell, Learned, Mapped, Projection
+from sparse_rtrl.cells.registry import register_cell
 
 
 def shifted(weight: Tensor, mix: Tensor) -> Tensor:
@@ -40,6 +41,7 @@ class RWKVReadout(nn.Module):
         return self.linear(receptance * wkv)
 
 
+@register_cell("rwkv", lambda of: {"channels": of.units})
 class RWKVCell(DiagonalCell):
     r"""RWKV-4 time mixing with token shift (Peng et al. 2023, RWKV, section 3.1.2 and appendix D).
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from sparse_rtrl.cells.expert_bank import ExpertBank
+from sparse_rtrl.cells.registry import register_cell
 from sparse_rtrl.cells.slot_cell import Routing, SlotCell, gather_slots
 from sparse_rtrl.cells.slot_moe_pass import SlotMoEPass
 
@@ -72,6 +73,7 @@ class OutputAttention(nn.Module):
         return torch.matmul(scores.softmax(1).transpose(1, 2), value).squeeze(1) + skip
 
 
+@register_cell("slot-moe")
 class SlotMoECell(SlotCell):
     r"""Gated orthogonal highway cell with slot memory and a sparse mixture of experts.
 

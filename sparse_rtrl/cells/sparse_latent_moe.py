@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_rtrl.cells.expert_bank import ExpertBank
+from sparse_rtrl.cells.registry import register_cell
 from sparse_rtrl.cells.slot_cell import Routing, SlotCell
 from sparse_rtrl.cells.slot_moe import OutputAttention, check_sizes
 
 
+@register_cell("sparse-latent-moe")
 class SparseLatentMoECell(SlotCell):
     r"""Sparse latent mixture-of-experts cell: few parts, few operations per step.
 

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-if TYPE_CHECKING:
-    from sparse_rtrl.cli.contestant import RunConfig
+from sparse_rtrl.cells.registry import CELLS
+from sparse_rtrl.cli.experiment import METHODS, RunConfig
+from sparse_rtrl.training.corpora import CORPORA
+from sparse_rtrl.training.tasks import TASKS
 
-# Everything that imports torch or matplotlib is imported inside the commands, so that --help answers at once.
+# What draws or runs is imported inside the commands: matplotlib alone takes a second.
+
+if TYPE_CHECKING:
+    MethodName: TypeAlias = str
+    CellName: TypeAlias = str
+    TaskName: TypeAlias = str
+    TrainingData: TypeAlias = str
+else:
+
+    def _choice(name: str, *registries: dict[str, Any]) -> type[Enum]:
+        """The names of registries, as the command line takes them."""
+        return Enum(name, {key.replace("-", "_"): key for registry in registries for key in registry}, type=str)
+
+    MethodName = _choice("MethodName", METHODS)
+    CellName = _choice("CellName", CELLS)
+    TaskName = _choice("TaskName", TASKS)
+    TrainingData = _choice("TrainingData", TASKS, CORPORA)
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -26,8 +45,8 @@ class _OneLineErrors(typer.core.TyperGroup):
         except (ValueError, FloatingPointError, MemoryError, OSError) as error:
             Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         except RuntimeError as error:
-            # Only our own: a contestant's process that failed. Other runtime errors are defects and keep their trace.
-            if type(error).__name__ != "ContestantError":
+            # Only our own: the process of an experiment failed. Other runtime errors are defects and keep their trace.
+            if type(error).__name__ != "ExperimentError":
                 raise
             Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(code=2)
@@ -56,49 +75,6 @@ compare_app = typer.Typer(
 app.add_typer(compare_app, name="compare", rich_help_panel="Learn")
 
 
-class Method(str, Enum):
-    """Names of :data:`~sparse_rtrl.cli.contestant.METHODS`, repeated here to keep ``--help`` quick."""
-
-    rtrl = "rtrl"
-    bptt = "bptt"
-    tbptt = "tbptt"
-    jacrev = "jacrev"
-    gru_bptt = "gru-bptt"
-    rnn_bptt = "rnn-bptt"
-
-
-class CellName(str, Enum):
-    """Names of :data:`~sparse_rtrl.cli.contestant.CELLS`."""
-
-    slot_moe = "slot-moe"
-    sparse_latent_moe = "sparse-latent-moe"
-    lru = "lru"
-    retention = "retention"
-    rwkv = "rwkv"
-    mamba = "mamba"
-    elstm = "elstm"
-
-
-class TaskName(str, Enum):
-    """Names of :data:`~sparse_rtrl.training.tasks.TASKS`."""
-
-    haystack = "haystack"
-    copy = "copy"
-    anbn = "anbn"
-    recall = "recall"
-
-
-class TrainingData(str, Enum):
-    """The tasks, and the kinds of corpora that :data:`~sparse_rtrl.cli.contestant.CORPORA` names."""
-
-    haystack = "haystack"
-    copy = "copy"
-    anbn = "anbn"
-    recall = "recall"
-    bytes = "bytes"
-    fasta = "fasta"
-
-
 _CELL, _TASK, _OPTIMIZER, _OUTPUT, _LONG = "Cell", "Task", "Training", "Output", "Long runs"
 
 EXIT_INTERRUPTED = 75
@@ -110,7 +86,18 @@ _CHANGEABLE = {
 }
 """Options that may be given together with ``--resume``."""
 
-Methods = Annotated[list[Method], typer.Option("--method", "-m", help="Repeat the option for several methods.")]
+
+def _tasks_with(option: str) -> list[str]:
+    """The tasks that take an option of the command line."""
+    return [name for name, task in TASKS.items() if option in task.options]
+
+
+def _cells_with(option: str) -> list[str]:
+    """The cells that take an option of the command line."""
+    return [name for name, cell in CELLS.items() if option in cell.options]
+
+
+Methods = Annotated[list[MethodName], typer.Option("--method", "-m", help="Repeat the option for several methods.")]
 Cell = Annotated[CellName, typer.Option(help="The recurrent cell.", rich_help_panel=_CELL)]
 SlotSize = Annotated[int, typer.Option(help="Numbers per slot.", rich_help_panel=_CELL)]
 NumSlots = Annotated[
@@ -153,8 +140,8 @@ CurriculumShape = Annotated[str, typer.Option(help="linear or geometric.", rich_
 MinDistance = Annotated[
     int | None,
     typer.Option(
-        help="Haystack and recall: least steps between what is remembered and its question; one more than --segment if "
-        "absent, so that truncated BPTT never sees both in one segment.",
+        help=f"Tasks {', '.join(_tasks_with('min_distance'))}: least steps between what is remembered and its question;"
+        " one more than --segment if absent, so that truncated BPTT never sees both in one segment.",
         rich_help_panel=_TASK,
     ),
 ]
@@ -189,44 +176,68 @@ Name = Annotated[str | None, typer.Option(help="Name of the run; date and time i
 
 def _config(values: dict[str, Any]) -> RunConfig:
     """Make the configuration of a run from the options of a command, taking those it knows."""
-    from dataclasses import fields
-
-    from sparse_rtrl.cli.contestant import RunConfig
-    from sparse_rtrl.training.tasks import TASKS
-
-    task = values["task"].value
-    options: dict[str, Any] = {}
-    if task in ("bytes", "fasta"):
-        values = {**values, "start_length": None, "eval_lengths": ()}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    task, cell, every = values["task"], values.get("cell"), values.get("commit_every")
+    task_options = _task_options(task, values)
+    settings = dict(values)
+    if isinstance(every, str):
+        settings["commit_every"] = _commit_every(every)
     if values.get("corpus") is not None:
-        values = {**values, "corpus": str(values["corpus"])}
-    of_retention = {name: values.get(name) for name in ("token_shift", "decay")}
-    if given := {name: value for name, value in of_retention.items() if value is not None and value is not False}:
-        if values["cell"] is not CellName.retention:
-            option = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--{option} is for the cell retention, got cell {values['cell'].value}")
-        values = {**values, "cell_options": given}
-    if isinstance(every := values.get("commit_every"), str) and every != "auto":
-        if not every.isdecimal() or int(every) < 1:
-            raise ValueError(f"--commit-every must be auto or a number of at least 1, got {every}")
-        values = {**values, "commit_every": int(every)}
-    if values.get("min_distance") is not None and task not in ("haystack", "recall"):
-        raise ValueError(f"--min-distance is for the tasks haystack and recall, got task {task}")
-    if task in ("haystack", "recall"):
-        distance = values.get("min_distance")
-        options["min_distance"] = values["segment"] + 1 if distance is None else distance
-    if task == "recall":
-        options["num_pairs"] = values.get("pairs", 4)
-    if task in TASKS and values.get("start_length", 0) is None:
-        shortest = TASKS[task](values["length"], 1, **options).min_length
-        values = {**values, "start_length": min(max(12, shortest), values["length"])}
+        settings["corpus"] = str(values["corpus"])
+    if not values.get("clip_norm", 1.0):
+        settings["clip_norm"] = None
+    if cell is not None:
+        settings["cell_options"] = _cell_options(cell, values)
+    if task in CORPORA:
+        settings |= {"start_length": None, "eval_lengths": ()}
+    elif values.get("start_length", 0) is None:
+        shortest = TASKS[task](values["length"], 1, seed=0, **task_options).min_length
+        settings["start_length"] = min(max(12, shortest), values["length"])
     known = {f.name for f in fields(RunConfig)}
     # Options that take several values, such as the methods or lengths of a comparison, are not those of one run.
-    single = {name: v for name, v in values.items() if name in known and not isinstance(v, list)}
-    settings = {name: v.value if isinstance(v, Enum) else v for name, v in single.items()}
-    if not settings.get("clip_norm", 1.0):
-        settings["clip_norm"] = None
-    return RunConfig(**settings, task_options=options)
+    settings = {name: value for name, value in settings.items() if name in known and not isinstance(value, list)}
+    return RunConfig(**settings, task_options=task_options)
+
+
+def _names(methods: list[str]) -> list[str]:
+    """The methods of a comparison."""
+    return [method.value if isinstance(method, Enum) else method for method in methods]
+
+
+def _task_options(task: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Further arguments of a task; a least distance is one more than a segment unless it is given."""
+    distance = values.get("min_distance")
+    known = TASKS[task].options if task in TASKS else {}
+    if distance is not None and "min_distance" not in known:
+        raise ValueError(f"--min-distance is for the tasks {', '.join(_tasks_with('min_distance'))}, got task {task}")
+    given = {"pairs": values.get("pairs", 4), "min_distance": distance}
+    if distance is None and "segment" in values:
+        given["min_distance"] = values["segment"] + 1
+    return {argument: given[option] for option, argument in known.items()}
+
+
+def _cell_options(cell: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Further arguments of a cell that were given.
+
+    Raises:
+        ValueError: if one was given that the cell does not have.
+    """
+    every = {option for ready in CELLS.values() for option in ready.options}
+    given = {option: values[option] for option in sorted(every) if values.get(option) not in (None, False)}
+    for option in given:
+        if option not in CELLS[cell].options:
+            named = option.replace("_", "-")
+            raise ValueError(f"--{named} is for the cell {', '.join(_cells_with(option))}, got cell {cell}")
+    return given
+
+
+def _commit_every(value: str) -> int | str:
+    """A number of steps, or ``auto``."""
+    if value == "auto":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"--commit-every must be auto or a number of at least 1, got {value}")
+    return int(value)
 
 
 def _changes(ctx: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
@@ -244,8 +255,8 @@ def _changes(ctx: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
 @app.command(rich_help_panel="Learn")
 def train(
     ctx: typer.Context,
-    method: Annotated[Method, typer.Option("--method", "-m", help="Where the gradient comes from.")] = Method.rtrl,
-    cell: Cell = CellName.slot_moe,
+    method: Annotated[MethodName, typer.Option("--method", "-m", help="Where the gradient comes from.")] = "rtrl",
+    cell: Cell = "slot-moe",
     slot_size: SlotSize = 16,
     num_slots: NumSlots = 4,
     num_experts: NumExperts = 4,
@@ -257,10 +268,12 @@ def train(
     task: Annotated[
         TrainingData,
         typer.Option(
-            help="What to learn: a task, or to predict the next byte of files (bytes) or the next base of DNA (fasta).",
+            help="What to learn: a task, or to predict "
+            + " or ".join(f"{corpus.meaning} ({name})" for name, corpus in CORPORA.items())
+            + ".",
             rich_help_panel=_TASK,
         ),
-    ] = TrainingData.haystack,
+    ] = "haystack",
     corpus: Annotated[
         Path | None,
         typer.Option(
@@ -378,10 +391,10 @@ def train(
 
 @compare_app.command("direct")
 def compare_direct(
-    method: Methods = [Method.rnn_bptt, Method.gru_bptt, Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
-    cell: Cell = CellName.slot_moe,
+    method: Methods = ["rnn-bptt", "gru-bptt", "bptt", "tbptt", "rtrl"],  # noqa: B006
+    cell: Cell = "slot-moe",
     slot_size: SlotSize = 16,
-    task: TaskChoice = TaskName.haystack,
+    task: TaskChoice = "haystack",
     length: Length = 128,
     start_length: StartLength = None,
     curriculum_updates: CurriculumUpdates = None,
@@ -410,17 +423,17 @@ def compare_direct(
     config = _config({**locals(), "eval_lengths": (length,)})
     from sparse_rtrl.cli.commands import compare_on_one_task
 
-    compare_on_one_task(config, [m.value for m in method], parallel, None, runs, name, "direct")
+    compare_on_one_task(config, _names(method), parallel, None, runs, name, "direct")
 
 
 @compare_app.command("scaling")
 def compare_scaling(
-    method: Methods = [Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
-    cell: Cell = CellName.slot_moe,
+    method: Methods = ["bptt", "tbptt", "rtrl"],  # noqa: B006
+    cell: Cell = "slot-moe",
     slot_size: SlotSize = 16,
     num_slots: NumSlots = 4,
     num_experts: NumExperts = 4,
-    task: TaskChoice = TaskName.haystack,
+    task: TaskChoice = "haystack",
     length: Annotated[
         list[int] | None,
         typer.Option(help="Steps per sequence; repeat for several.", rich_help_panel=_TASK),
@@ -443,14 +456,14 @@ def compare_scaling(
     config = _config({**locals(), "length": max(lengths)})
     from sparse_rtrl.cli.commands import compare_over_lengths
 
-    compare_over_lengths(config, [m.value for m in method], lengths, repeats, runs, name)
+    compare_over_lengths(config, _names(method), lengths, repeats, runs, name)
 
 
 @compare_app.command("trials")
 def compare_trials(
-    method: Methods = [Method.gru_bptt, Method.bptt, Method.tbptt, Method.rtrl],  # noqa: B006
+    method: Methods = ["gru-bptt", "bptt", "tbptt", "rtrl"],  # noqa: B006
     trials: Annotated[int, typer.Option(help="Seeds per method and length.")] = 5,
-    cell: Cell = CellName.slot_moe,
+    cell: Cell = "slot-moe",
     slot_size: SlotSize = 16,
     num_slots: NumSlots = 4,
     num_experts: NumExperts = 4,
@@ -459,7 +472,7 @@ def compare_trials(
     write_slots: WriteSlots = 2,
     token_shift: TokenShift = False,
     decay: Decay = None,
-    task: TaskChoice = TaskName.haystack,
+    task: TaskChoice = "haystack",
     length: Annotated[
         list[int] | None,
         typer.Option(help="Steps per sequence; repeat for several.", rich_help_panel=_TASK),
@@ -500,7 +513,7 @@ def compare_trials(
     config = _config({**locals(), "length": max(lengths)})
     from sparse_rtrl.cli.commands import compare_over_trials
 
-    compare_over_trials(config, [m.value for m in method], lengths, evaluate_at or [], trials, parallel, runs, name)
+    compare_over_trials(config, _names(method), lengths, evaluate_at or [], trials, parallel, runs, name)
 
 
 @app.command(rich_help_panel="Learn")
@@ -536,7 +549,7 @@ def demo(
     - `sparse-rtrl demo` — what `make demo` runs
     - `sparse-rtrl demo --length 64 --updates 300 --seed 3`
     """
-    config = _config({**locals(), "task": TaskName.haystack, "eval_lengths": (length,)})
+    config = _config({**locals(), "task": "haystack", "eval_lengths": (length,)})
     from sparse_rtrl.cli.commands import compare_on_one_task
 
     compare_on_one_task(config, ["rtrl", "bptt", "tbptt"], parallel, time_budget, runs, name, "demo")
@@ -564,7 +577,7 @@ def report(
 @app.command(rich_help_panel="Inspect")
 def check(
     length: Annotated[list[int] | None, typer.Option(help="Steps; repeat for several.", rich_help_panel=_TASK)] = None,
-    cell: Cell = CellName.slot_moe,
+    cell: Cell = "slot-moe",
     slot_size: SlotSize = 8,
     num_slots: NumSlots = 4,
     num_experts: NumExperts = 4,
@@ -594,7 +607,7 @@ def check(
     """
     values = {
         **locals(),
-        "task": TaskName.haystack,
+        "task": "haystack",
         "min_distance": 0,
         "commit_every": "auto" if commit_every is None else commit_every,
     }
@@ -607,7 +620,7 @@ def check(
 
 @app.command(rich_help_panel="Inspect")
 def plan(
-    cell: Cell = CellName.slot_moe,
+    cell: Cell = "slot-moe",
     slot_size: SlotSize = 32,
     num_slots: NumSlots = 4,
     num_experts: NumExperts = 64,
@@ -637,7 +650,7 @@ def plan(
     """
     from sparse_rtrl.cli.commands import show_plan
 
-    values = {**locals(), "task": TaskName.haystack, "segment": 1, "buffer": buffer or 1, "commit_every": commit_every}
+    values = {**locals(), "task": "haystack", "segment": 1, "buffer": buffer or 1, "commit_every": commit_every}
     show_plan(_config(values), flush_every, "auto" if buffer is None else buffer, measure)
 
 

@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparse_rtrl.capture.parameters import ParameterGroups
-from sparse_rtrl.cli import contestant, experiments, plots, report
-from sparse_rtrl.cli.contestant import RunConfig
+from sparse_rtrl.cells.slot_cell import SlotCell
+from sparse_rtrl.cli import comparisons, experiment, plots, report
 from sparse_rtrl.cli.environment import compiled_parts, describe_environment
+from sparse_rtrl.cli.experiment import RunConfig
 from sparse_rtrl.influence.plan import measured_rates, plan
 from sparse_rtrl.training import runlog
 from sparse_rtrl.training.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint
@@ -115,7 +116,7 @@ def resume(path: Path, changes: dict[str, Any]) -> bool:
 
 def _build_training(config: RunConfig) -> Training:
     torch.set_num_threads(config.threads)
-    return Training(contestant.build_trainer(config), contestant.build_stream(config), config.updates)
+    return Training(experiment.build_trainer(config), experiment.build_stream(config), config.updates)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -146,7 +147,7 @@ def _train(
             log.event("started", 0, 0)
         else:
             _go_on(run, *found, changes)
-        label = experiments.label_of(config)
+        label = comparisons.label_of(config)
         with _bars({label: config.updates}) as bars:
             stopped_by = run.carry_out(lambda row: bars.update(label, row))
         if stopped_by is not None:
@@ -180,13 +181,13 @@ def _bits_per_symbol(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _score(config: RunConfig, training: Training, log: runlog.RunLog) -> None:
-    folder, model, label = log.folder, training.trainer.method.model, experiments.label_of(config)
+    folder, model, label = log.folder, training.trainer.method.model, comparisons.label_of(config)
     rows = runlog.read_lines(folder / "metrics.jsonl")
     results = {}
     for length in config.eval_lengths:
-        accuracy = contestant.evaluate_at(config, training.trainer, length)
+        accuracy = experiment.evaluate_at(config, training.trainer, length)
         log.evaluation(training.update, length, accuracy.value)
-        level = contestant.chance(config, length)
+        level = experiment.chance(config, length)
         results[length] = asdict(accuracy) | {
             "value": accuracy.value,
             "interval": accuracy.interval,
@@ -198,7 +199,7 @@ def _score(config: RunConfig, training: Training, log: runlog.RunLog) -> None:
             highlight=False,
         )
     summary: dict[str, Any] = {"label": label, "accuracy": results}
-    if config.task in contestant.CORPORA:
+    if config.task in experiment.CORPORA:
         bits = summary["bits_per_symbol"] = _bits_per_symbol(rows)
         console.print(f"bits per symbol: {bits['stream']:.3f} over the stream, {bits['last_tenth']:.3f} at its end")
     runlog.write_json(folder / "results.json", summary)
@@ -221,12 +222,12 @@ def compare_on_one_task(
     kind: str,
 ) -> None:
     """Train, score and measure several methods; print the table and draw the picture."""
-    configs = experiments.configs_for(config, methods)
+    configs = comparisons.configs_for(config, methods)
     for each in configs:
-        contestant.build_stream(each)  # reports unfit lengths before anything starts
+        experiment.build_stream(each)  # reports unfit lengths before anything starts
     folder = runlog.create_run_folder(runs, name, kind)
-    with _bars({experiments.label_of(c): c.updates for c in configs}) as bars:
-        outcomes = experiments.compare_methods(
+    with _bars({comparisons.label_of(c): c.updates for c in configs}) as bars:
+        outcomes = comparisons.compare_methods(
             configs, parallel or _cores(), time_budget, on_event=bars.update, on_phase=console.print
         )
     runlog.write_json(folder / "config.json", asdict(config))
@@ -245,11 +246,11 @@ def compare_over_lengths(
     config: RunConfig, methods: list[str], lengths: list[int], repeats: int, runs: Path, name: str | None
 ) -> None:
     """Measure memory and time over lengths; print the table and draw the picture."""
-    configs = experiments.configs_for(config, methods)
+    configs = comparisons.configs_for(config, methods)
     for length in lengths:
-        contestant.build_task(config, length, 1, 0)
+        experiment.build_task(config, length, 1, 0)
     folder = runlog.create_run_folder(runs, name, "scaling")
-    probes = experiments.scaling(configs, sorted(lengths), repeats, console.print)
+    probes = comparisons.scaling(configs, sorted(lengths), repeats, console.print)
     runlog.write_json(folder / "config.json", asdict(config))
     rows = [{"method": label} | asdict(point) for label, points in probes.items() for point in points]
     runlog.write_rows(folder / "scaling.csv", rows)
@@ -269,9 +270,9 @@ def compare_over_trials(
     name: str | None,
 ) -> None:
     """Train and score over seeds and lengths; print the table and draw the picture."""
-    configs = experiments.configs_for(config, methods)
+    configs = comparisons.configs_for(config, methods)
     for length in lengths + evaluate_at:
-        contestant.build_task(config, length, 1, 0)
+        experiment.build_task(config, length, 1, 0)
     folder = runlog.create_run_folder(runs, name, "trials")
     with _progress() as progress:
         bars = _Bars(progress)
@@ -281,7 +282,7 @@ def compare_over_trials(
                 bars.add(label, config.updates)
             bars.update(label, event)
 
-        results = experiments.run_trials(
+        results = comparisons.run_trials(
             configs, sorted(lengths), trials, parallel or _cores(), note, evaluate_at=evaluate_at
         )
     runlog.write_json(folder / "config.json", asdict(config) | {"environment": describe_environment()})
@@ -307,7 +308,7 @@ def compare_over_trials(
 def check_gradient(config: RunConfig, lengths: list[int]) -> bool:
     """Print gradient errors against BPTT; whether all are within tolerance."""
     torch.set_num_threads(config.threads)
-    cell = contestant.build_method(config).model
+    cell = experiment.build_method(config).model
     generator = torch.Generator().manual_seed(config.seed)
     errors: list[GradientError] = []
     for length in lengths:
@@ -340,10 +341,10 @@ def _random_batch(length: int, batch_size: int, generator: torch.Generator) -> B
 
 def show_plan(config: RunConfig, flush_every: float, buffer: int | Literal["auto"], measure: bool) -> None:
     """Print the planner's decision for a configuration, and its cost table."""
-    if config.cell not in contestant.SLOT_CELLS:
-        raise ValueError(f"cell must have experts to plan for ({', '.join(contestant.SLOT_CELLS)}), got {config.cell}")
-    cell = contestant.build_method(replace(config, method="bptt")).model
-    groups = ParameterGroups.of_cell(cell)  # type: ignore[arg-type]
+    cell = experiment.build_method(replace(config, method="bptt")).model
+    if not isinstance(cell, SlotCell):
+        raise ValueError(f"cell must have experts to plan for, got {config.cell}")
+    groups = ParameterGroups.of_cell(cell)
     rates: dict[str, Any] = measured_rates() if measure else {}
     decision = plan(
         num_slots=config.num_slots,

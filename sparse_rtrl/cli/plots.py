@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparse_rtrl.cli.contestant import Probe, chance
-from sparse_rtrl.cli.experiments import Outcome, Trials
+from sparse_rtrl.cli.comparisons import Outcome, Trials
+from sparse_rtrl.cli.experiment import Probe, chance
 
 _MEGABYTE = 2**20
 
@@ -67,7 +67,7 @@ def plot_comparison(outcomes: Sequence[Outcome], length: int, path: Path) -> Non
     """Draw accuracy with 95 % intervals and the chance line, learning curves, peak memory and time per token.
 
     Args:
-        outcomes: contestants, scored at ``length``.
+        outcomes: experiments, scored at ``length``.
         length: steps per sequence of the scoring and the cost measurement.
         path: PNG file to write.
     """

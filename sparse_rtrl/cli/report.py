@@ -8,8 +8,8 @@ from typing import Literal
 from rich import box
 from rich.table import Table
 
-from sparse_rtrl.cli.contestant import Probe, chance
-from sparse_rtrl.cli.experiments import Outcome, Trials
+from sparse_rtrl.cli.comparisons import Outcome, Trials
+from sparse_rtrl.cli.experiment import Probe, chance
 from sparse_rtrl.influence.plan import Plan
 from sparse_rtrl.training.evaluation import Accuracy
 from sparse_rtrl.training.gradient_check import GradientError
@@ -27,7 +27,7 @@ def format_bytes(count: float) -> str:
 
 
 def comparison_table(outcomes: Sequence[Outcome], length: int) -> Table:
-    """Accuracy, chance line, peak memory and time per token of each contestant."""
+    """Accuracy, chance line, peak memory and time per token of each experiment."""
     config = outcomes[0].config
     sequences = outcomes[0].accuracy[length].sequences
     table = Table(

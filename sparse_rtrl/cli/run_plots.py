@@ -13,38 +13,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from sparse_rtrl.training.metrics import METRICS, Metric
+
 POINTS = 1000
 """Most points of a curve, and four times the most columns of a heat map; longer logs are averaged."""
 
 Rows = Sequence[dict[str, Any]]
 """Lines of ``metrics.jsonl``."""
 
-CURVES = {
-    "bits_per_byte": ("Bits per byte", "bits per byte"),
-    "loss": ("Loss", "cross entropy per answer, nats"),
-    "accuracy": ("Accuracy", "share of right answers"),
-    "length": ("Length of the sequences", "steps"),
-    "memory_bytes": ("Memory of the process", "MiB"),
-    "gpu_memory_bytes": ("GPU memory", "MiB"),
-    "tokens_per_second": ("Speed", "tokens per second"),
-    "gradient_norm": ("Gradient norm before clipping", "norm"),
-    "influence_norm_core": ("Influence of the core group", "Frobenius norm"),
-    "lyapunov": ("Lyapunov exponent", "nats per step"),
-    "sleep_mean": ("Mean sleep of the experts", "steps"),
-    "learning_rate": ("Learning rate", "learning rate"),
-}
-"""Metrics that are numbers, with title and unit, in the order of the report."""
+CURVES = [metric for metric in METRICS.values() if metric.title and metric.entry is None]
+"""Metrics that are numbers and have a picture, in the order of the report."""
 
-HEAT_MAPS = {
-    "expert_load": ("Expert load", "expert", "share of steps"),
-    "slot_reads": ("Slots read", "slot", "share of steps"),
-    "slot_writes": ("Slots written", "slot", "share of steps"),
-    "influence_norm_experts": ("Influence of the experts", "expert", "Frobenius norm"),
-}
-"""Metrics that are lists, with title, what an entry is, and unit."""
-
-_LOGARITHMIC = {"gradient_norm", "influence_norm_core", "learning_rate"}
-_FROM_ZERO = {"memory_bytes", "gpu_memory_bytes", "tokens_per_second"}
+HEAT_MAPS = [metric for metric in METRICS.values() if metric.title and metric.entry]
+"""Metrics that are lists and have a picture."""
 
 
 def series(rows: Rows, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -52,7 +33,7 @@ def series(rows: Rows, metric: str) -> tuple[NDArray[np.float64], NDArray[np.flo
 
     Args:
         rows: lines of metrics.
-        metric: one of :data:`~sparse_rtrl.training.runlog.METRICS`.
+        metric: name of one of :data:`~sparse_rtrl.training.metrics.METRICS`.
 
     Returns:
         Tokens ``(n,)`` and values ``(n,)`` or ``(entries, n)``.
@@ -75,35 +56,33 @@ def thinned(tokens: NDArray[np.float64], values: NDArray[np.float64], points: in
     return tokens[ends - 1], np.add.reduceat(values, starts, axis=-1) / (ends - starts)
 
 
-def plot_curves(runs: Mapping[str, Rows], metric: str) -> Figure | None:
+def plot_curves(runs: Mapping[str, Rows], metric: Metric) -> Figure | None:
     """Draw a metric of :data:`CURVES` over tokens, a line per run; None if no run logged it."""
-    title, unit = CURVES[metric]
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, rows in runs.items():
-        tokens, values = series(rows, metric)
+        tokens, values = series(rows, metric.name)
         if not len(tokens):
             continue
-        if metric.endswith("_bytes"):
+        if metric.name.endswith("_bytes"):
             values = values / 2**20
         style = {"marker": "o"} if len(tokens) == 1 else {"linewidth": 1.2}
         axes.plot(*thinned(tokens, values, POINTS), label=name, **style)  # type: ignore[arg-type]
     if not axes.lines:
         return None
-    axes.set(title=title, xlabel="tokens", ylabel=unit)
-    if metric in _LOGARITHMIC and all((np.asarray(line.get_ydata()) > 0).all() for line in axes.lines):
+    axes.set(title=metric.title, xlabel="tokens", ylabel=metric.unit)
+    if metric.logarithmic and all((np.asarray(line.get_ydata()) > 0).all() for line in axes.lines):
         axes.set_yscale("log")
-    if metric in _FROM_ZERO:
+    if metric.from_zero:
         axes.set_ylim(0, 1.08 * max(np.asarray(line.get_ydata()).max() for line in axes.lines))
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=8)
     return figure
 
 
-def plot_heat_map(rows: Rows, metric: str) -> Figure | None:
+def plot_heat_map(rows: Rows, metric: Metric) -> Figure | None:
     """Draw a metric of :data:`HEAT_MAPS` over tokens, a row per entry; None if it was not logged."""
-    title, entry, unit = HEAT_MAPS[metric]
-    tokens, values = series(rows, metric)
+    tokens, values = series(rows, metric.name)
     if not values.size:
         return None
     tokens, values = thinned(tokens, values, POINTS // 4)
@@ -111,8 +90,8 @@ def plot_heat_map(rows: Rows, metric: str) -> Figure | None:
     axes = figure.subplots()
     edges = np.concatenate(([0.0], tokens))
     mesh = axes.pcolormesh(edges, np.arange(len(values) + 1) - 0.5, values, cmap="viridis", vmin=0)
-    figure.colorbar(mesh, ax=axes, label=unit)
-    axes.set(title=title, xlabel="tokens", ylabel=entry)
+    figure.colorbar(mesh, ax=axes, label=metric.unit)
+    axes.set(title=metric.title, xlabel="tokens", ylabel=metric.entry)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 

@@ -150,13 +150,13 @@ def write_report(folders: list[Path], out: Path) -> Path:
         return "data:image/png;base64," + base64.b64encode(run_plots.to_png(figure, path)).decode()
 
     logged = {run.name: run.metrics for run in runs}
-    curves = [(run_plots.CURVES[m][0], embed(run_plots.plot_curves(logged, m), m)) for m in run_plots.CURVES]
+    curves = [(m.title, embed(run_plots.plot_curves(logged, m), m.name)) for m in run_plots.CURVES]
     rows = [_row(run) for run in runs]
     sections = []
     for number, run in enumerate(runs, 1):
         maps = [
-            (heading[0], embed(run_plots.plot_heat_map(run.metrics, m), f"{m}-{number}-{run.name}"))
-            for m, heading in run_plots.HEAT_MAPS.items()
+            (m.title, embed(run_plots.plot_heat_map(run.metrics, m), f"{m.name}-{number}-{run.name}"))
+            for m in run_plots.HEAT_MAPS
         ]
         events = [_event_text(event) for event in run.events if event["event"] != "checkpoint"]
         sections.append(

@@ -1,4 +1,4 @@
-"""Influence matrices of every stream: storage, commits, sleeping experts and the gradients they are owed."""
+"""Influence matrices of every stream: storage, commits, sleeping experts and their deferred gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Influence:
     the window go backwards through its captured steps and end in the product with the influence at its entry
     (:meth:`loss_gradient`). An expert that no step of the window uses stays as it was at its ``last_update``: its
     matrix is brought up to date when it is used again or when the Jacobians it needs are about to leave the tree, and
-    :meth:`flush` pays the gradient it is owed meanwhile.
+    :meth:`flush` adds the gradient that was deferred meanwhile.
 
     Args:
         groups: the recurrent parameters.
@@ -83,7 +83,7 @@ class Influence:
         """Experts whose matrix is that of the entry of the current window."""
         self._every_pair = torch.ones_like(self.influenced).nonzero()
         self.handed_out = torch.zeros(batch_size, experts, hidden, **options)
-        """Part of a sleeping expert's loss row vector that :meth:`flush` has paid already."""
+        """Part of a sleeping expert's loss row vector that :meth:`flush` has handed out already."""
         self.window: list[Captured] = []
         """Steps that were captured and not committed yet, oldest first, all of one class."""
         self.window_loss_row = torch.zeros(batch_size, hidden, **options)
@@ -92,7 +92,7 @@ class Influence:
         """Identity of the current window: a backward pass is in time while its own is still this one."""
         self.commits = 0
         self.events: Counter[str] = Counter()
-        """How often things happened: wakes, expiries, replays, products, payments."""
+        """How often things happened: wakes, expiries, replays, products, payments of deferred gradients."""
         self.tree: CircularTree | None = None
         self.plan: Plan | None = None
         """How sleeping experts are kept; None until the first step, where it takes the sizes of a step to decide."""
@@ -225,31 +225,31 @@ class Influence:
 
     @full_precision
     def flush(self) -> tuple[Tensor, Tensor] | None:
-        """Pay what sleeping experts are owed and hand out every loss row.
+        """Form the deferred gradients of sleeping experts and hand out every loss row.
 
         Returns:
-            Core ``(N_core,)`` and experts ``(E, N_expert)``, summed over the streams; None if nothing can be owed.
+            Core ``(N_core,)`` and experts ``(E, N_expert)``, summed over the streams; None if nothing can be deferred.
         """
         if self._steps_since_flush:
             self._flush_interval += 0.5 * (self._steps_since_flush - self._flush_interval)
             self._steps_since_flush = 0
         if self.tree is None and not self._rows_hold_gradients:
             return None
-        self._pay(self.influenced & ~self.awake)
+        self._form_deferred(self.influenced & ~self.awake)
         self._rows_hold_gradients = False
         return self._take_loss_rows(self._every_pair)
 
     @full_precision
-    def owes(self) -> bool:
+    def defers(self) -> bool:
         """Whether :meth:`flush` would add anything but rounding."""
         if self._rows_hold_gradients and bool(self.core[:, -1].any() or self.experts[:, -1].any()):
             return True
         sleeping = self.influenced & ~self.awake
         if self.tree is None or not bool(sleeping.any()):
             return False
-        total, paid = self._owed_rows(sleeping)[sleeping], self.handed_out[sleeping]
-        least = 64 * torch.finfo(total.dtype).eps * torch.maximum(total.abs(), paid.abs()).amax(1, keepdim=True)
-        return bool(((total - paid).abs() > least).any())
+        total, handed_out = self._deferred_rows(sleeping)[sleeping], self.handed_out[sleeping]
+        least = 64 * torch.finfo(total.dtype).eps * torch.maximum(total.abs(), handed_out.abs()).amax(1, keepdim=True)
+        return bool(((total - handed_out).abs() > least).any())
 
     @full_precision
     def begin(self, streams: Tensor, core: Tensor, experts: Tensor) -> None:
@@ -267,10 +267,10 @@ class Influence:
 
     @full_precision
     def discard(self) -> None:
-        """Drop every gradient that is owed."""
+        """Drop every deferred gradient."""
         sleeping = self.influenced & ~self.awake
         if bool(sleeping.any()):
-            self.handed_out = torch.where(sleeping.unsqueeze(-1), self._owed_rows(sleeping), self.handed_out)
+            self.handed_out = torch.where(sleeping.unsqueeze(-1), self._deferred_rows(sleeping), self.handed_out)
         self.core[:, -1] = 0
         self.experts[:, -1] = 0
 
@@ -313,14 +313,14 @@ class Influence:
 
     @full_precision
     def reset(self, streams: Tensor) -> None:
-        """Start some streams anew: pay what their sleepers are owed, then clear their influence.
+        """Start some streams anew: form the deferred gradients of their sleepers, then clear their influence.
 
         Args:
             streams: boolean mask ``(B,)``.
         """
         if not bool(streams.all()):
             self.commit()
-        self._pay(self.influenced & ~self.awake & streams.unsqueeze(1))
+        self._form_deferred(self.influenced & ~self.awake & streams.unsqueeze(1))
         self.core[streams, :-1] = 0
         self.experts.view(self.batch_size, self.groups.num_experts, *self.experts.shape[1:])[streams, :, :-1] = 0
         self.influenced[streams] = False
@@ -476,9 +476,9 @@ class Influence:
         )
 
     def _catch_up(self, pairs: Tensor) -> None:
-        """Bring sleeping (stream, expert) pairs ``(M, 2)`` to the entry of the current window, owed gradient included.
+        """Bring sleeping (stream, expert) pairs ``(M, 2)`` to the entry of the window, deferred gradient included.
 
-        The gradient owed is ``(u_total - u_handed_out) P``, with ``u_total`` the loss row of everything since their
+        The deferred gradient is ``(u_total - u_handed_out) P``, with ``u_total`` the loss row of everything since their
         last update and of the window. Afterwards the window's own part counts as handed out.
         """
         if self.tree is None or not len(pairs):
@@ -522,24 +522,24 @@ class Influence:
         product = (gaps * kw).clamp(max=self.num_slots) * (gaps * ks).clamp(max=self.num_slots)
         return product < gaps * kw * ks
 
-    def _owed_rows(self, pairs: Tensor) -> Tensor:
+    def _deferred_rows(self, pairs: Tensor) -> Tensor:
         """Loss row vectors since the last update of sleeping pairs, ``(B, E, H)``; ``pairs (B, E)`` bool."""
         assert self.tree is not None
         starts = torch.where(pairs, self.last_update, self.commits)
         return self.tree.loss_rows(starts, self.window_loss_row)
 
-    def _pay(self, sleeping: Tensor) -> None:
-        """Add to the loss rows of sleeping pairs what they are owed; ``sleeping (B, E)`` bool."""
+    def _form_deferred(self, sleeping: Tensor) -> None:
+        """Add the deferred gradients of sleeping pairs to their loss rows; ``sleeping (B, E)`` bool."""
         pairs = sleeping.nonzero()
         if not len(pairs) or self.tree is None:
             return
         streams, experts = pairs.T
-        total = self._owed_rows(sleeping)[streams, experts]
-        owed = total - self.handed_out[streams, experts]
-        if bool(owed.any()):
+        total = self._deferred_rows(sleeping)[streams, experts]
+        deferred = total - self.handed_out[streams, experts]
+        if bool(deferred.any()):
             self._rows_hold_gradients = True
-            self.events["payments"] += int(owed.any(1).sum())
-            self._ops.loss_row_(self.experts, owed, self._rows(pairs))
+            self.events["payments"] += int(deferred.any(1).sum())
+            self._ops.loss_row_(self.experts, deferred, self._rows(pairs))
             self.handed_out[streams, experts] = total
 
     def _take_loss_rows(self, pairs: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What ties a learner to an optimizer: deferred gradients are paid before each step, and not into changed gradients."""
+"""What ties a learner to an optimizer: deferred gradients come before each step, and not into changed gradients."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 class Attachment:
-    """Pays deferred gradients before every step of an optimizer.
+    """Adds deferred gradients before every step of an optimizer.
 
-    What is owed belongs to the gradient as the backward passes left it. If ``.grad`` was clipped, unscaled or otherwise
-    changed since, adding to it would be wrong, so the step is refused. For that the gradient is copied as often as it
-    is accumulated into.
+    A deferred gradient belongs to the gradient as the backward passes left it. If ``.grad`` was clipped, unscaled or
+    otherwise changed since, adding to it would be wrong, so the step is refused. For that the gradient is copied as
+    often as it is accumulated into.
 
     Args:
         optimizer: the optimizer.
-        flush: adds what is owed to ``.grad``.
-        owes: whether it would add anything.
-        parameters: those that gradients can be owed to.
+        flush: adds deferred gradients to ``.grad``.
+        defers: whether it would add anything.
+        parameters: those that are watched.
 
     Raises:
         ValueError: if the optimizer evaluates the loss several times in a step.
@@ -30,7 +30,7 @@ class Attachment:
         self,
         optimizer: torch.optim.Optimizer,
         flush: Callable[[], None],
-        owes: Callable[[], bool],
+        defers: Callable[[], bool],
         parameters: Sequence[nn.Parameter],
     ) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -39,7 +39,7 @@ class Attachment:
                 " and every evaluation would move the streams on"
             )
         self.optimizer = optimizer
-        self._flush, self._owes = flush, owes
+        self._flush, self._defers = flush, defers
         self._parameters: list[nn.Parameter] = []
         self._seen: dict[int, Tensor] = {}
         self._handles: list[Any] = [optimizer.register_step_pre_hook(self._before_step)]
@@ -59,13 +59,13 @@ class Attachment:
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._copy))
 
     def remove(self) -> None:
-        """Pay before no further step."""
+        """Leave further steps alone."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def pays(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether the optimizer holds all of these parameters, and is paid before it steps."""
+    def flushes(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether the optimizer holds all of these parameters, and is given deferred gradients before it steps."""
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return bool(self._handles) and all(id(p) in held for p in parameters)
 
@@ -94,13 +94,13 @@ class Attachment:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(callable(argument) for argument in (*args, *kwargs.values())):
             raise RuntimeError(
-                "step was given a closure: its zero_grad and backward come after what is owed was paid. Call backward"
-                " first, then step() without a closure"
+                "step was given a closure: its zero_grad and backward come after deferred gradients were added. Call"
+                " backward first, then step() without a closure"
             )
-        if any(map(self._changed, self._parameters)) and self._owes():
+        if any(map(self._changed, self._parameters)) and self._defers():
             raise RuntimeError(
                 ".grad was changed (clipped, unscaled, multiplied) since the backward pass, and gradients of sleeping"
-                " experts are still owed: call learner.flush() after backward and before changing .grad. No step was"
-                " taken; zero_grad() and discard() drop this gradient"
+                " experts are still deferred: call learner.flush() after backward and before changing .grad. No step"
+                " was taken; zero_grad() and discard() drop this gradient"
             )
         self._flush()

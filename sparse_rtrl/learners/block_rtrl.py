@@ -118,7 +118,7 @@ class BlockRTRL:
     ) -> None:
         """Capture the step that the caller just ran, send its loss backwards, and update the influence.
 
-        Calls ``loss.backward()``, adds the gradient through the past and what sleeping experts are owed to ``.grad``,
+        Calls ``loss.backward()``, adds the gradient through the past and those that were deferred to ``.grad``,
         and commits. The step is computed once more, with the slots and experts that ``info`` names, and must give
         ``info["h_next"]`` again. The caller detaches ``h_next``.
 
@@ -215,7 +215,7 @@ class BlockRTRL:
         return u
 
     def flush(self) -> None:
-        """Add to ``.grad`` what sleeping experts are owed; :meth:`step` has done so already."""
+        """Add the deferred gradients of sleeping experts to ``.grad``; :meth:`step` has done so already."""
         if self._engine is not None:
             self._engine.flush()
 

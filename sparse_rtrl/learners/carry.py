@@ -278,9 +278,9 @@ class Carry:
     def flush(self) -> None:
         """Make sure that ``.grad`` is complete and that the parameters may change now.
 
-        Nothing is ever owed: what goes through the past is in ``.grad`` when ``backward`` returns, so that clipping and
-        accumulation need no call. What :meth:`attach` adds is that an optimizer's step in the wrong place of the loop
-        stops before it changes a parameter, not only at the next ``carry(h)``.
+        Nothing is ever deferred: what goes through the past is in ``.grad`` when ``backward`` returns, so that clipping
+        and accumulation need no call. What :meth:`attach` adds is that an optimizer's step in the wrong place of the
+        loop stops before it changes a parameter, not only at the next ``carry(h)``.
 
         Raises:
             RuntimeError: if the loss of a segment went backwards and the segment is still open.

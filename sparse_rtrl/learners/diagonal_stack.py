@@ -187,7 +187,7 @@ class PerLayerApproximation:
         return optimizer.register_step_pre_hook(lambda *_: self.flush())
 
     def flush(self) -> None:
-        """Nothing is owed: ``.grad`` holds all there is when ``backward`` returns."""
+        """Nothing is deferred: ``.grad`` holds all there is when ``backward`` returns."""
 
     def reset(self, streams: Tensor | None = None) -> None:
         """Start new sequences: initial state and zero influence.

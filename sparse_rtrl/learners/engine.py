@@ -454,15 +454,15 @@ class Engine:
         return self.fused.restore(state)
 
     def flush(self) -> None:
-        """Add to ``.grad`` what sleeping experts are owed and every loss row that was not handed out yet.
+        """Add the deferred gradients of sleeping experts, and every loss row not handed out yet, to ``.grad``.
 
         Raises:
             DisagreementError: if a comparison on a CUDA device found one; nothing is added then.
         """
         self.verifier.settle()
-        owed = self.influence.flush()
-        if owed is not None:
-            self.add_to_grad(*owed)
+        deferred = self.influence.flush()
+        if deferred is not None:
+            self.add_to_grad(*deferred)
 
     def checked_mask(self, streams: Tensor | None) -> Tensor:
         """A mask of streams ``(B,)`` on the engine's device, see :func:`checked_mask`."""

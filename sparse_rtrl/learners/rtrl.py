@@ -155,7 +155,7 @@ class RTRL:
 
     @property
     def events(self) -> dict[str, int]:
-        """How often sleeping experts woke, expired, were replayed or multiplied, and were paid."""
+        """How often sleeping experts woke, expired, caught up (replays, products), and got deferred gradients."""
         return {}
 
     @property
@@ -212,7 +212,7 @@ class RTRL:
         Raises:
             ValueError: for an optimizer that evaluates the loss several times in a step, such as LBFGS.
         """
-        attachment = Attachment(optimizer, self.flush, self._defers, self._deferred())
+        attachment = Attachment(optimizer, self.flush, self._defers, self._watched())
         self._attachments = (*self._attachments, attachment)
         return attachment
 
@@ -220,8 +220,8 @@ class RTRL:
         """Whether any gradient is deferred now."""
         return False
 
-    def _deferred(self) -> list[nn.Parameter]:
-        """Parameters whose gradients can be deferred."""
+    def _watched(self) -> list[nn.Parameter]:
+        """Parameters whose gradients must stay as they are while any gradient is deferred."""
         return []
 
     def flush(self) -> None:
@@ -239,7 +239,7 @@ class RTRL:
         raise NotImplementedError
 
     def reset(self, streams: Tensor | None = None) -> None:
-        """Start new sequences: initial state and zero influence. Deferred gradients of the streams are paid first.
+        """Start new sequences: initial state and zero influence. Deferred gradients of the streams are formed first.
 
         Args:
             streams: boolean mask ``(B,)`` of the streams that start anew; None for all.

@@ -54,8 +54,8 @@ class SlotRTRL(RTRL):
         """Entry of the last segment, the state that entered it, and the recurrent tensors that it used."""
         self._weights: list[Tensor] = []
         """Copies of the experts' tensors at the last call, where an optimizer that is not attached may change them."""
-        self._paid = False
-        """Whether deferred gradients were paid or dropped since the last call."""
+        self._flushed = False
+        """Whether deferred gradients were added or dropped since the last call."""
         self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class SlotRTRL(RTRL):
             return fixed
         with parametrize.cached():
             tensors = engine.checked_tensors()
-            self._check_paid(tensors)
+            self._check_flushed(tensors)
             self._begin()
             if self.commit_every == "auto":
                 self.commit_every = engine.choose_commit_every(xs[0], self._state)
@@ -156,31 +156,35 @@ class SlotRTRL(RTRL):
         initial = self._engine.begin(self._starting)
         self._set_state(torch.where(self._starting.view(-1, 1, 1), initial, self._state))
 
-    def _check_paid(self, tensors: list[Tensor]) -> None:
-        """Notice an optimizer that stepped without what sleeping experts are owed.
+    def _check_flushed(self, tensors: list[Tensor]) -> None:
+        """Notice an optimizer that stepped without the deferred gradients of sleeping experts.
 
         Raises:
             RuntimeError: once for each time.
         """
         engine, deferred = self._engine, self._deferred()
         for attachment in self._attachments:
-            attachment.watch(deferred)  # experts may have been unfrozen
-        if engine.influence.tree is None or any(attached.pays(deferred) for attached in self._attachments):
+            attachment.watch(self._watched())  # some may have been unfrozen
+        if engine.influence.tree is None or any(attached.flushes(deferred) for attached in self._attachments):
             self._weights = []
             return
         now = [t.detach() for t, p in zip(tensors, engine.groups.all, strict=True) if p.expert]
         same = len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
         if same:
-            self._paid = False
+            self._flushed = False
             return
         first, self._weights = not self._weights, [t.clone() for t in now]
-        paid, self._paid = self._paid, False
-        if not first and not paid and engine.influence.owes():
+        flushed, self._flushed = self._flushed, False
+        if not first and not flushed and engine.influence.defers():
             raise RuntimeError(
-                "parameters of experts changed while gradients of sleeping experts were owed to them: an optimizer"
+                "parameters of experts changed while gradients of sleeping experts were deferred: an optimizer"
                 " stepped without these. Call learner.attach(optimizer) once, or learner.flush() before each step;"
                 " learner.discard() drops them. The learner is as it was, and the next call goes on"
             )
+
+    def _watched(self) -> list[nn.Parameter]:
+        """See :meth:`RTRL._watched`: all that train, since clipping may change some gradients and not others."""
+        return [p for p in self.cell.parameters() if p.requires_grad] if self._deferred() else []
 
     def _deferred(self) -> list[nn.Parameter]:
         """Parameters whose gradients can be deferred."""
@@ -196,17 +200,17 @@ class SlotRTRL(RTRL):
             self._fixed.check()
 
     def _defers(self) -> bool:
-        return self._fixed is None and self._engine.influence.owes()
+        return self._fixed is None and self._engine.influence.defers()
 
     def flush(self) -> None:
         """See :meth:`RTRL.flush`."""
-        self._paid = True
+        self._flushed = True
         if self._fixed is None:  # else no expert sleeps
             self._engine.flush()
 
     def discard(self) -> None:
         """See :meth:`RTRL.discard`."""
-        self._paid = True
+        self._flushed = True
         self._engine.influence.discard()
 
     def reset(self, streams: Tensor | None = None) -> None:
@@ -259,7 +263,7 @@ class SlotRTRL(RTRL):
         self._starting = None if starting is None else starting.to(self._engine.device)
         if "verifier" in state:
             self._engine.verifier.load_state_dict(state["verifier"])
-        self._weights, self._paid, self._last = [], False, None
+        self._weights, self._flushed, self._last = [], False, None
 
 
 register_learner(SlotCell, SlotRTRL)

@@ -21,85 +21,64 @@ COMPILED_DTYPES = (torch.float32, torch.float64)
 COMPILED = {"cpp": ("cpu", "SPARSE_RTRL_CPP"), "cuda": ("cuda", "SPARSE_RTRL_CUDA")}
 """Device of each compiled backend, and the environment variable that makes its build a must."""
 
-_library = torch.library.Library("sparse_rtrl", "DEF")
-
-_library.define(
-    "influence_update_(Tensor(a!) P, Tensor Jh, Tensor write, Tensor support, Tensor? loss_row, Tensor streams,"
-    " Tensor groups, Tensor[] deltas, Tensor[] zs, int[] offsets) -> ()"
-)
-_library.define("loss_row_(Tensor(a!) P, Tensor u, Tensor groups) -> ()")
-_library.define(
-    "tree_append_(Tensor(a!)[] rows, Tensor(b!)[] cols, Tensor(c!)[] blocks, Tensor(d!)[] loss_rows, Tensor(e!) count,"
-    " Tensor Jh, Tensor write, Tensor support, Tensor? loss_row, int first, int num_slots, int slot_size) -> ()"
-)
-_library.define(
-    "suffix_product(Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor count, Tensor streams,"
-    " Tensor starts, int num_rows, int num_cols, int num_slots, int slot_size) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "catch_up_(Tensor(a!) P, Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor streams,"
-    " Tensor groups, Tensor starts, int slot_size) -> ()"
-)
-_library.define(
-    "catch_up_update_(Tensor(a!) P, Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count,"
-    " Tensor streams, Tensor groups, Tensor starts, int slot_size, Tensor Jh, Tensor write, Tensor support,"
-    " Tensor? loss_row, Tensor[] deltas, Tensor[] zs, int[] offsets) -> ()"
-)
-_library.define(
-    "suffix_loss_rows(Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor starts,"
-    " Tensor newest, int slot_size) -> Tensor"
-)
-_library.define(
-    "diagonal_update_(Tensor(a!) P, Tensor decay, Tensor delta, Tensor z, Tensor(b!)? g=None, Tensor? u=None) -> ()"
-)
-_library.define("diagonal_loss_(Tensor(a!) g, Tensor P, Tensor u) -> ()")
-
 _WINDOW = (
     "Tensor[] inputs, Tensor[] saved, Tensor[] index, Tensor[] weights, int[] columns, int heads, int read, int write"
 )
-_library.define(
-    "slot_moe_forward(Tensor state, Tensor query_token, Tensor[] weights, int heads, int read, int write, int top_k)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"slot_moe_pull_back_(Tensor(a!) v, Tensor(b!) core, Tensor(c!) experts, Tensor? cotangent, {_WINDOW}) -> ()"
-)
-_library.define(f"slot_moe_transfer_(Tensor(a!) phi, {_WINDOW}) -> ()")
-_library.define(f"slot_moe_commit_(Tensor(a!) core, Tensor(b!) experts, Tensor(c!) phi, Tensor rows, {_WINDOW}) -> ()")
 
-NAMES = (
-    "influence_update_",
-    "loss_row_",
-    "tree_append_",
-    "suffix_product",
-    "catch_up_",
-    "catch_up_update_",
-    "suffix_loss_rows",
-    "diagonal_update_",
-    "diagonal_loss_",
-)
+SCHEMAS = {
+    "influence_update_": (
+        "(Tensor(a!) P, Tensor Jh, Tensor write, Tensor support, Tensor? loss_row, Tensor streams, Tensor groups,"
+        " Tensor[] deltas, Tensor[] zs, int[] offsets) -> ()"
+    ),
+    "loss_row_": "(Tensor(a!) P, Tensor u, Tensor groups) -> ()",
+    "tree_append_": (
+        "(Tensor(a!)[] rows, Tensor(b!)[] cols, Tensor(c!)[] blocks, Tensor(d!)[] loss_rows, Tensor(e!) count,"
+        " Tensor Jh, Tensor write, Tensor support, Tensor? loss_row, int first, int num_slots, int slot_size) -> ()"
+    ),
+    "suffix_product": (
+        "(Tensor[] rows, Tensor[] cols, Tensor[] blocks, Tensor[] loss_rows, Tensor count, Tensor streams,"
+        " Tensor starts, int num_rows, int num_cols, int num_slots, int slot_size) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "catch_up_": (
+        "(Tensor(a!) P, Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor streams,"
+        " Tensor groups, Tensor starts, int slot_size) -> ()"
+    ),
+    "catch_up_update_": (
+        "(Tensor(a!) P, Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor streams,"
+        " Tensor groups, Tensor starts, int slot_size, Tensor Jh, Tensor write, Tensor support, Tensor? loss_row,"
+        " Tensor[] deltas, Tensor[] zs, int[] offsets) -> ()"
+    ),
+    "suffix_loss_rows": (
+        "(Tensor rows, Tensor cols, Tensor blocks, Tensor loss_rows, Tensor count, Tensor starts, Tensor newest,"
+        " int slot_size) -> Tensor"
+    ),
+    "diagonal_update_": (
+        "(Tensor(a!) P, Tensor decay, Tensor delta, Tensor z, Tensor(b!)? g=None, Tensor? u=None) -> ()"
+    ),
+    "diagonal_loss_": "(Tensor(a!) g, Tensor P, Tensor u) -> ()",
+    "slot_moe_forward": (
+        "(Tensor state, Tensor query_token, Tensor[] weights, int heads, int read, int write, int top_k)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "slot_moe_pull_back_": (f"(Tensor(a!) v, Tensor(b!) core, Tensor(c!) experts, Tensor? cotangent, {_WINDOW}) -> ()"),
+    "slot_moe_transfer_": f"(Tensor(a!) phi, {_WINDOW}) -> ()",
+    "slot_moe_commit_": f"(Tensor(a!) core, Tensor(b!) experts, Tensor(c!) phi, Tensor rows, {_WINDOW}) -> ()",
+}
+"""Arguments and results of each operation. Its definition is the function of its name in ``reference``, its compiled
+version is registered under its name in ``csrc/``, its Triton launcher is the function of its name in
+``triton_kernels/``. ``slot_moe_*`` are compiled for the CPU only; what they must equal is the code of the cell."""
 
-for _name in NAMES:
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+NAMES = tuple(name for name in SCHEMAS if hasattr(reference, name))
+"""Operations that every backend has."""
 
 
-@torch.library.register_fake("sparse_rtrl::influence_update_", lib=_library)
-def _(P, Jh, write, support, loss_row, streams, groups, deltas, zs, offsets):
-    return None
+def _nothing(*arguments: Any) -> None:
+    """Fake of an operation in place."""
 
 
-@torch.library.register_fake("sparse_rtrl::loss_row_", lib=_library)
-def _(P, u, groups):
-    return None
-
-
-@torch.library.register_fake("sparse_rtrl::tree_append_", lib=_library)
-def _(rows, cols, blocks, loss_rows, count, Jh, write, support, loss_row, first, num_slots, slot_size):
-    return None
-
-
-@torch.library.register_fake("sparse_rtrl::suffix_product", lib=_library)
-def _(rows, cols, blocks, loss_rows, count, streams, starts, num_rows, num_cols, num_slots, slot_size):
+def _fake_suffix_product(
+    rows, cols, blocks, loss_rows, count, streams, starts, num_rows, num_cols, num_slots, slot_size
+):
     products = streams.shape[0]
     return (
         streams.new_empty(products, num_rows),
@@ -109,23 +88,11 @@ def _(rows, cols, blocks, loss_rows, count, streams, starts, num_rows, num_cols,
     )
 
 
-@torch.library.register_fake("sparse_rtrl::catch_up_", lib=_library)
-def _(P, rows, cols, blocks, loss_rows, count, streams, groups, starts, slot_size):
-    return None
-
-
-@torch.library.register_fake("sparse_rtrl::catch_up_update_", lib=_library)
-def _(P, *arguments):
-    return None
-
-
-@torch.library.register_fake("sparse_rtrl::suffix_loss_rows", lib=_library)
-def _(rows, cols, blocks, loss_rows, count, starts, newest, slot_size):
+def _fake_suffix_loss_rows(rows, cols, blocks, loss_rows, count, starts, newest, slot_size):
     return newest.new_empty(*starts.shape, newest.shape[1])
 
 
-@torch.library.register_fake("sparse_rtrl::slot_moe_forward", lib=_library)
-def _(state, query_token, weights, heads, read, write, top_k):
+def _fake_slot_moe_forward(state, query_token, weights, heads, read, write, top_k):
     steps, batch, width = query_token.shape
     size = width // 2
     saved = size * (3 + read + 2 * write + 2 * read + 2 * write) + read * heads + top_k * (size + 1)
@@ -137,21 +104,20 @@ def _(state, query_token, weights, heads, read, write, top_k):
     )
 
 
-for _name in ("slot_moe_pull_back_", "slot_moe_transfer_", "slot_moe_commit_"):
+FAKES: dict[str, Any] = {
+    "suffix_product": _fake_suffix_product,
+    "suffix_loss_rows": _fake_suffix_loss_rows,
+    "slot_moe_forward": _fake_slot_moe_forward,
+}
+"""Shapes of what an operation returns, for those that return something."""
 
-    @torch.library.register_fake(f"sparse_rtrl::{_name}", lib=_library)
-    def _(*arguments):
-        return None
+_library = torch.library.Library("sparse_rtrl", "DEF")
 
-
-@torch.library.register_fake("sparse_rtrl::diagonal_update_", lib=_library)
-def _(P, decay, delta, z, g=None, u=None):
-    return None
-
-
-@torch.library.register_fake("sparse_rtrl::diagonal_loss_", lib=_library)
-def _(g, P, u):
-    return None
+for _name, _schema in SCHEMAS.items():
+    _library.define(f"{_name}{_schema}")
+    torch.library.register_fake(f"sparse_rtrl::{_name}", FAKES.get(_name, _nothing), lib=_library)
+for _name in NAMES:
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
 def _load_compiled(library: str) -> str:

@@ -10,7 +10,8 @@ import sysconfig
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -319,3 +320,33 @@ def byte_corpus(path: Path | None = None) -> ByteCorpus:
 def fasta_corpus(path: Path, folder: Path | None = None) -> FastaCorpus:
     """The nucleotides of a FASTA file or of all FASTA files of a folder, which end in one of ``FASTA_SUFFIXES``."""
     return FastaCorpus(files_under(path, FASTA_SUFFIXES), folder)
+
+
+@dataclass(frozen=True)
+class CorpusKind:
+    """A kind of data that a run can train on.
+
+    Attributes:
+        kind: its class.
+        find: the corpus in a file or folder; in none where ``has_default``.
+        has_default: whether there is one without a path.
+        meaning: what is predicted.
+    """
+
+    kind: type[Corpus]
+    find: Callable[[Path | None], Corpus]
+    has_default: bool
+    meaning: str
+
+
+CORPORA = {
+    "bytes": CorpusKind(ByteCorpus, byte_corpus, True, "the next byte of files"),
+    "fasta": CorpusKind(FastaCorpus, lambda path: fasta_corpus(_given(path)), False, "the next base of DNA"),
+}
+"""Kinds of corpora by the name they have as a task on the command line."""
+
+
+def _given(path: Path | None) -> Path:
+    if path is None:
+        raise ValueError("corpus must name a file or a folder of them, got None")
+    return path

@@ -161,7 +161,7 @@ class GradientMethod(ABC):
         """Tell the method which optimizer will step its parameters."""
 
     def complete_gradient(self) -> None:  # noqa: B027 - nothing to do is a fine default
-        """Add to ``.grad`` whatever the method still owes; called before clipping."""
+        """Add gradients that the method has deferred to ``.grad``; called before clipping."""
 
     def metrics(self) -> dict[str, Any]:
         """What the method can say of itself since the last call, by names of ``METRICS``."""
@@ -301,7 +301,7 @@ class SparseRTRL(GradientMethod):
         self.learner.attach(optimizer)
 
     def complete_gradient(self) -> None:
-        """Pay what dormant experts are owed."""
+        """Add the deferred gradients of dormant experts."""
         self.learner.flush()
 
     def metrics(self) -> dict[str, Any]:

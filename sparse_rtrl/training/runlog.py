@@ -4,7 +4,8 @@ The files of ``runs/NAME/``, where ``NAME`` is also the name of the experiment i
 
 - ``config.json``: the configuration, a ``RunConfig``, and under ``environment`` versions
   and hardware.
-- ``metrics.jsonl``: one JSON object per line, see :data:`METRICS`. A resumed run cuts off what lies after its
+- ``metrics.jsonl``: one JSON object per line, see
+  :data:`sparse_rtrl.training.metrics.METRICS`. A resumed run cuts off what lies after its
   checkpoint, so that the lines are those of a run without interruption.
 - ``events.jsonl``: one JSON object per line, see :data:`EVENTS`; only ever appended to.
 - ``events.out.tfevents.*``: the metrics for TensorBoard. The step is the number of updates. A metric that is a number
@@ -25,31 +26,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-METRICS = {
-    "update": "updates done",
-    "tokens": "tokens seen; a step of one stream is a token",
-    "length": "steps of the last batch",
-    "seconds": "wall-clock time of training, that before an interruption included",
-    "loss": "cross entropy per asked answer in nats; null where nothing was asked",
-    "accuracy": "share of asked answers that were right; null where nothing was asked",
-    "bits_per_byte": "loss in bits; only where the targets are the 256 bytes",
-    "tokens_per_second": "rate since the line before",
-    "learning_rate": "of the last update",
-    "gradient_norm": "norm of the whole gradient at the last optimizer step, before clipping",
-    "memory_bytes": "resident memory of the process",
-    "gpu_memory_bytes": "most GPU memory held by tensors so far; only on a GPU",
-    "influence_norm_core": "Frobenius norm of the influence of the core group, root mean square over the streams",
-    "influence_norm_experts": "the same for each expert, asleep ones as of their last update; a list (E,)",
-    "sleep_mean": "steps since an expert was last used, mean over experts and streams that have used it",
-    "sleep_max": "the longest of these",
-    "expert_load": "share of steps and streams that used each expert; a list (E,), its sum the experts of a step",
-    "slot_reads": "share of the steps and streams that read each slot; a list (S,)",
-    "slot_writes": "share of the steps and streams that wrote each slot; a list (S,)",
-    "lyapunov": "finite-time Lyapunov exponent per step, where it is estimated",
-}
-"""Keys of a line of ``metrics.jsonl``. Means and shares are over everything since the line before. A key is absent
-where the method has no such number; ``null`` stands for a number that is not finite."""
 
 EVENTS = {
     "started": "the run began",

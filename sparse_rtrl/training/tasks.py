@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,10 +81,12 @@ class Task(ABC):
         input_size: width of the one-hot inputs.
         output_size: number of classes of an answer.
         chance: accuracy of the best answer that ignores the input.
+        options: options of the command line beside the length, and the arguments they stand for.
     """
 
     input_size: int
     output_size: int
+    options: ClassVar[dict[str, str]] = {}
 
     def __init__(self, length: int, batch_size: int, seed: int | torch.Generator) -> None:
         _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
@@ -160,6 +162,23 @@ class Task(ABC):
         return torch.rand(rows, size, generator=self.generator).argsort(dim=1)
 
 
+TASKS: dict[str, type[Task]] = {}
+"""Tasks by the name they have on the command line."""
+
+Kind = TypeVar("Kind", bound=type[Task])
+
+
+def register_task(name: str) -> Callable[[Kind], Kind]:
+    """Register a class of tasks, made as ``kind(length, batch_size, seed=seed, **options)``, under a name."""
+
+    def register(kind: Kind) -> Kind:
+        TASKS[name] = kind
+        return kind
+
+    return register
+
+
+@register_task("haystack")
 class Haystack(Task):
     """Recall one marked value among fillers that look like it.
 
@@ -175,6 +194,8 @@ class Haystack(Task):
     """
 
     BOS, KEY, SEP, Q = range(4)
+
+    options: ClassVar[dict[str, str]] = {"min_distance": "min_distance"}
 
     def __init__(
         self,
@@ -229,6 +250,7 @@ class Haystack(Task):
         return tokens, target
 
 
+@register_task("copy")
 class Copy(Task):
     """Repeat a pattern of symbols after a pause.
 
@@ -296,6 +318,7 @@ class Copy(Task):
         return tokens, target
 
 
+@register_task("anbn")
 class AnBn(Task):
     """Predict the next symbol of ``a^n b^n`` wherever it is determined.
 
@@ -340,6 +363,7 @@ class AnBn(Task):
         return tokens, target
 
 
+@register_task("recall")
 class MultiQueryRecall(Task):
     """Recall the values of several keys (multi-query associative recall).
 
@@ -359,6 +383,8 @@ class MultiQueryRecall(Task):
             steps after it was shown.
         seed: seed of the task's generator, or a generator.
     """
+
+    options: ClassVar[dict[str, str]] = {"min_distance": "min_distance", "pairs": "num_pairs"}
 
     def __init__(
         self,
@@ -410,15 +436,6 @@ class MultiQueryRecall(Task):
         target = torch.full_like(tokens, IGNORE)
         target[:, first_query + 1 :: 2] = values.gather(1, asked)
         return tokens, target
-
-
-TASKS: dict[str, Callable[..., Task]] = {
-    "haystack": Haystack,
-    "copy": Copy,
-    "anbn": AnBn,
-    "recall": MultiQueryRecall,
-}
-"""Tasks by the name they have on the command line."""
 
 
 class Curriculum:

@@ -8,7 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from sparse_rtrl.cli import app
-from sparse_rtrl.training.runlog import METRICS, read_lines
+from sparse_rtrl.training.metrics import METRICS
+from sparse_rtrl.training.runlog import read_lines
 
 TINY = ["--batch-size", "2", "--updates", "3", "--eval-sequences", "20", "--slot-size", "8", "--length", "12"]
 
@@ -160,7 +161,7 @@ def test_plan_prints_its_decision_and_the_cost_of_each_way():
         (["train", "--top-k", 9], "top_k must be at most num_experts=4, got 9"),
         (["train", "--length", 3], "length"),
         (["train", "--corpus", "x"], "corpus and reset_at_borders are for the tasks bytes, fasta, got haystack"),
-        (["train", "--task", "fasta"], "corpus must name a FASTA file"),
+        (["train", "--task", "fasta"], "corpus must name a file or a folder of them for the task fasta"),
         (["train", "--task", "bytes", "--corpus", "/nowhere"], "there is no /nowhere"),
         (["train", "-m", "gru-bptt", "--lyapunov-weight", 1], "lyapunov_weight must be None for the method gru-bptt"),
         (["train", "--batch-size", 0], "batch_size must be at least 1, got 0"),

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from sparse_rtrl.cli import app, run_plots
 from sparse_rtrl.cli.run_report import load_run, write_report
 from sparse_rtrl.training import runlog
+from sparse_rtrl.training.metrics import METRICS
 
 
 def line(update, **values):
@@ -117,16 +118,16 @@ def test_curves_and_heat_maps_show_the_log():
     rows = [line(i, loss=None if i == 2 else float(i), expert_load=[i / 10, 1.0]) for i in range(1, 6)]
     rows = [json.loads(json.dumps(row)) for row in rows]
     rows[1]["loss"] = math.nan
-    figure = run_plots.plot_curves({"a": rows, "b": []}, "loss")
+    figure = run_plots.plot_curves({"a": rows, "b": []}, METRICS["loss"])
     (drawn,) = figure.axes[0].lines
     assert drawn.get_xydata().tolist() == [[5000.0 * i, i] for i in (1, 3, 4, 5)]
-    figure = run_plots.plot_heat_map(rows, "expert_load")
+    figure = run_plots.plot_heat_map(rows, METRICS["expert_load"])
     mesh = figure.axes[0].collections[0]
     assert mesh.get_array().tolist() == [[0.1, 0.2, 0.3, 0.4, 0.5], [1.0] * 5]
-    memory = run_plots.plot_curves({"a": rows}, "memory_bytes").axes[0]
+    memory = run_plots.plot_curves({"a": rows}, METRICS["memory_bytes"]).axes[0]
     assert memory.lines[0].get_ydata().tolist() == [101, 102, 103, 104, 105] and memory.get_ylim()[0] == 0
-    assert run_plots.plot_curves({"a": rows}, "lyapunov") is None
-    assert run_plots.plot_heat_map(rows, "slot_writes") is None
+    assert run_plots.plot_curves({"a": rows}, METRICS["lyapunov"]) is None
+    assert run_plots.plot_heat_map(rows, METRICS["slot_writes"]) is None
 
 
 def test_long_logs_are_averaged():

@@ -53,7 +53,7 @@ def test_a_changed_gradient_is_not_added_to(change, kind):
     learner.attach(optimizer)
     for t in range(13):
         (learner(x[t]) * c[t]).sum().backward()
-    assert learner._owes()
+    assert learner._defers()
     before, state = copy.deepcopy(cell.state_dict()), copy.deepcopy(learner.state_dict()["influence"])
     CHANGES[change](cell)
     gradient = gradients_of(cell)
@@ -77,10 +77,10 @@ def test_a_cleared_gradient_is_not_a_changed_one(clear):
     for t in range(13):
         (learner(x[t]) * c[t]).sum().backward()
     cell.zero_grad(set_to_none=clear == "none")
-    assert learner._owes()
+    assert learner._defers()
     before = cell.experts.weight.detach().clone()
     optimizer.step()
-    assert not torch.equal(before, cell.experts.weight) and not learner._owes()
+    assert not torch.equal(before, cell.experts.weight) and not learner._defers()
 
 
 def test_a_changed_gradient_with_nothing_owed_is_stepped_with():
@@ -123,9 +123,9 @@ def test_after_flush_everything_is_paid_and_the_clipped_step_is_right(name, kind
         for t in range(STEPS):
             (learner(x[t]) * c[t]).sum().backward()
             if t % 3 == 2:
-                owed += learner._owes()
+                owed += learner._defers()
                 learner.flush()
-                assert not learner._owes()
+                assert not learner._defers()
                 clip(cell)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -180,7 +180,7 @@ def test_an_optimizer_that_is_not_attached_is_noticed_once(name, kind):
     learner, optimizer = RTRL(cell, BATCH, commit_every=1, catch_up="replay"), OPTIMIZERS[name](cell.parameters())
     for t in range(13):
         (learner(x[t]) * c[t]).sum().backward()
-    assert learner._owes()
+    assert learner._defers()
     optimizer.step()
     optimizer.zero_grad()
     before = copy.deepcopy(learner.state_dict())
@@ -209,7 +209,7 @@ def test_optimizers_of_other_parameters_are_not_noticed():
         (learner(x[t]) * c[t]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert learner._owes()
+    assert learner._defers()
 
 
 def test_optimizers_that_evaluate_the_loss_are_refused():

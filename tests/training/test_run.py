@@ -19,13 +19,14 @@ from typer.testing import CliRunner
 from sparse_rtrl.cells import SlotMoECell
 from sparse_rtrl.cells.slot_cell import Routing
 from sparse_rtrl.cli import app
-from sparse_rtrl.cli.contestant import build_stream, build_trainer
+from sparse_rtrl.cli.experiment import build_stream, build_trainer
 from sparse_rtrl.training.baselines import TBPTT, DenseJacobianRTRL, RecurrentNetwork
 from sparse_rtrl.training.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from sparse_rtrl.training.gradient_method import SparseRTRL, answer_loss, unroll
+from sparse_rtrl.training.metrics import METRICS
 from sparse_rtrl.training.routing_usage import RoutingUsage
 from sparse_rtrl.training.run import Run
-from sparse_rtrl.training.runlog import EVENTS, METRICS, RunLog, read_lines
+from sparse_rtrl.training.runlog import EVENTS, RunLog, read_lines
 from sparse_rtrl.training.tasks import IGNORE, Batch
 from sparse_rtrl.training.trainer import Trainer, Training
 from tools.kill_resume import CONFIG, differences

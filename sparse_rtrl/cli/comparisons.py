@@ -1,4 +1,4 @@
-"""Comparisons of training methods: every contestant is trained before it is scored, in a process of its own."""
+"""Comparisons of training methods: every experiment is trained before it is scored, in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sparse_rtrl.cli.contestant import METHODS, Probe, RunConfig, chance, run_in_process
+from sparse_rtrl.cli.experiment import METHODS, Probe, RunConfig, chance, run_in_process
 from sparse_rtrl.training.evaluation import Accuracy, wilson_interval
 
 OnEvent = Callable[[str, dict[str, Any]], None]
-"""Called with a contestant's label and each of its progress events; from several threads."""
+"""Called with an experiment's label and each of its progress events; from several threads."""
 
 
 @dataclass
 class Outcome:
-    """What became of one contestant.
+    """What became of one experiment.
 
     Attributes:
         label: how it is called in tables and plots.
@@ -61,15 +61,7 @@ class Outcome:
 
 def label_of(config: RunConfig) -> str:
     """Short name of a method with its segment, such as ``TBPTT(8)``."""
-    labels = {
-        "rtrl": f"sparse RTRL, segment {config.segment}",
-        "bptt": "BPTT",
-        "tbptt": f"TBPTT({config.segment})",
-        "jacrev": "RTRL by torch.func",
-        "gru-bptt": "GRU, BPTT",
-        "rnn-bptt": "RNN, BPTT",
-    }
-    return labels[config.method]
+    return METHODS[config.method].label.format(segment=config.segment)
 
 
 def configs_for(base: RunConfig, methods: Iterable[str]) -> list[RunConfig]:
@@ -93,7 +85,7 @@ def train_all(
     deadline: float | None = None,
     on_event: OnEvent | None = None,
 ) -> list[Outcome]:
-    """Train and then score contestants, each in its own process.
+    """Train and then score experiments, each in its own process.
 
     Args:
         configs: runs by label.
@@ -138,13 +130,13 @@ def compare_methods(
 ) -> list[Outcome]:
     """Train the same task with several methods, score them, then measure what each costs.
 
-    Cost is measured after all trainings, one contestant at a time, so that they do not disturb each other's clock.
+    Cost is measured after all trainings, one experiment at a time, so that they do not disturb each other's clock.
 
     Args:
         configs: the runs; they should differ in the method only.
         parallel: trainings at a time.
         time_budget: seconds for everything; trainings stop in time for scoring and measuring. None for no limit.
-        repeats: timed updates per contestant.
+        repeats: timed updates per experiment.
         on_event: see :data:`OnEvent`.
         on_phase: called with a line about what is done next.
     """

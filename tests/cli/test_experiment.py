@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparse_rtrl.cli.contestant import RunConfig, build_evaluation_task, build_stream
+from sparse_rtrl.cli.experiment import RunConfig, build_evaluation_task, build_stream
 
 
 @pytest.mark.parametrize("seed", [0, 3, 2**31, 2**32 - 1])

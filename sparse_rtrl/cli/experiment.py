@@ -1,7 +1,7 @@
 """One training run described by plain values, carried out here or in a process of its own.
 
-A process of its own (``python -m sparse_rtrl.cli.contestant``) reads a job as JSON from standard input and writes
-events, one JSON object per line, to standard output. Contestants of a comparison run this way so that the memory of
+A process of its own (``python -m sparse_rtrl.cli.experiment``) reads a job as JSON from standard input and writes
+events, one JSON object per line, to standard output. The experiments of a comparison run this way so that the memory of
 one is not counted for another.
 """
 
@@ -20,54 +20,18 @@ from typing import Any, Literal
 
 import torch
 
-from sparse_rtrl.cells import (
-    ELSTMCell,
-    LRUCell,
-    MambaCell,
-    RetentionCell,
-    RWKVCell,
-    SlotMoECell,
-    SparseLatentMoECell,
-)
 from sparse_rtrl.cells.diagonal_cell import DiagonalCell
+from sparse_rtrl.cells.registry import CELLS, CellSizes
 from sparse_rtrl.cells.slot_cell import SlotCell
 from sparse_rtrl.cli.measurement import median_seconds, peak_growth
 from sparse_rtrl.training.baselines import BPTT, TBPTT, DenseJacobianRTRL, RecurrentNetwork
-from sparse_rtrl.training.corpora import ByteCorpus, Corpus, FastaCorpus, byte_corpus, fasta_corpus
+from sparse_rtrl.training.corpora import CORPORA, Corpus
 from sparse_rtrl.training.evaluation import Accuracy, evaluate
 from sparse_rtrl.training.gradient_method import GradientMethod, SparseRTRL
 from sparse_rtrl.training.lyapunov import LyapunovRegularizer
 from sparse_rtrl.training.streams import CorpusStream
 from sparse_rtrl.training.tasks import TASKS, Curriculum, Stream, Task
 from sparse_rtrl.training.trainer import Progress, Trainer, train
-
-METHODS = {
-    "rtrl": "exact sparse RTRL, in segments",
-    "bptt": "BPTT through the whole sequence",
-    "tbptt": "truncated BPTT, in segments",
-    "jacrev": "dense-Jacobian RTRL by torch.func",
-    "gru-bptt": "a GRU with BPTT",
-    "rnn-bptt": "a tanh RNN with BPTT",
-}
-"""Methods by the name they have on the command line."""
-
-SLOT_CELLS: dict[str, Callable[..., SlotCell]] = {"slot-moe": SlotMoECell, "sparse-latent-moe": SparseLatentMoECell}
-"""Slot cells by the name they have on the command line."""
-
-DIAGONAL_CELLS: dict[str, Callable[..., DiagonalCell]] = {
-    "lru": LRUCell,
-    "retention": RetentionCell,
-    "rwkv": RWKVCell,
-    "mamba": MambaCell,
-    "elstm": ELSTMCell,
-}
-"""Diagonal cells by the name they have on the command line."""
-
-CELLS = (*SLOT_CELLS, *DIAGONAL_CELLS)
-"""Names of all cells."""
-
-CORPORA = {"bytes": ByteCorpus, "fasta": FastaCorpus}
-"""Kinds of corpora by the name they have as a task on the command line."""
 
 # Half of the 32 bits that PyTorch's CPU generator takes of a seed: no run is scored on the stream it trained on.
 _EVALUATION_SEED = 1 << 31
@@ -179,14 +143,14 @@ class RunConfig:
         if self.influence_cap is not None and self.method != "rtrl":
             raise ValueError(f"influence_cap must be None for the method {self.method}, got {self.influence_cap}")
 
-        if self.lyapunov_weight is not None and self.method not in ("rtrl", "bptt", "tbptt"):
+        if self.lyapunov_weight is not None and not METHODS[self.method].regularized:
             raise ValueError(f"lyapunov_weight must be None for the method {self.method}, got {self.lyapunov_weight}")
         if self.task not in CORPORA and (self.corpus is not None or self.reset_at_borders):
             raise ValueError(f"corpus and reset_at_borders are for the tasks {', '.join(CORPORA)}, got {self.task}")
         if self.task in CORPORA and (self.eval_lengths or self.start_length is not None):
             raise ValueError(f"eval_lengths and start_length are for sequences; {self.task} is a stream without end")
-        if self.task == "fasta" and self.corpus is None:
-            raise ValueError("corpus must name a FASTA file or a folder of them for the task fasta, got None")
+        if self.task in CORPORA and self.corpus is None and not CORPORA[self.task].has_default:
+            raise ValueError(f"corpus must name a file or a folder of them for the task {self.task}, got None")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
@@ -206,8 +170,7 @@ def build_task(config: RunConfig, length: int, batch_size: int, seed: int) -> Ta
 def build_stream(config: RunConfig) -> Stream:
     """What a run trains on: its corpus, or the sequences of its task, under a curriculum if the run has one."""
     if config.task in CORPORA:
-        path = None if config.corpus is None else Path(config.corpus)
-        corpus = fasta_corpus(path) if config.task == "fasta" and path is not None else byte_corpus(path)
+        corpus = CORPORA[config.task].find(None if config.corpus is None else Path(config.corpus))
         return CorpusStream(corpus, config.batch_size, config.length, config.reset_at_borders)
     start = config.length if config.start_length is None else config.start_length
     task = build_task(config, config.length, config.batch_size, config.seed)
@@ -220,55 +183,91 @@ def build_cell(config: RunConfig, task: Task | type[Corpus]) -> SlotCell | Diago
 
     A diagonal one has ``num_slots * slot_size`` units or channels, retention ``num_slots`` heads of ``slot_size``.
     """
-    ends = {"input_size": task.input_size, "output_size": task.output_size}
-    if config.cell in SLOT_CELLS:
-        names = ("slot_size", "num_slots", "num_experts", "top_k", "read_slots", "write_slots")
-        sizes = {name: getattr(config, name) for name in names} | config.cell_options
-        return SLOT_CELLS[config.cell](**ends, **sizes)
-    units = config.num_slots * config.slot_size
-    sizes = {
-        "lru": {"hidden_size": units},
-        "elstm": {"hidden_size": units},
-        "rwkv": {"channels": units},
-        "mamba": {"channels": units},
-        "retention": {"num_heads": config.num_slots, "head_size": config.slot_size},
-    }[config.cell] | config.cell_options
-    return DIAGONAL_CELLS[config.cell](**ends, **sizes)
+    sizes = CellSizes(*(getattr(config, size.name) for size in fields(CellSizes)))
+    return CELLS[config.cell].build(task.input_size, task.output_size, sizes, **config.cell_options)
+
+
+def _lyapunov(config: RunConfig, cell: SlotCell | DiagonalCell) -> LyapunovRegularizer | None:
+    if config.lyapunov_weight is None:
+        return None
+    if not isinstance(cell, SlotCell):
+        raise ValueError(f"lyapunov_weight is for {_slot_cells()}, got cell {config.cell}")
+    return LyapunovRegularizer(cell, config.batch_size, config.lyapunov_weight, config.lyapunov_target, config.seed)
+
+
+def _slot_cells() -> str:
+    """The cells with slots, for messages."""
+    return f"the cells {', '.join(name for name, cell in CELLS.items() if issubclass(cell.kind, SlotCell))}"
+
+
+def _sparse_rtrl(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
+    cell = build_cell(config, task)
+    lyapunov = _lyapunov(config, cell)
+    options = (config.segment, config.buffer, config.commit_every, config.catch_up, config.influence_cap)
+    return SparseRTRL(cell, config.batch_size, *options, lyapunov)
+
+
+def _bptt(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
+    cell = build_cell(config, task)
+    return BPTT(cell, _lyapunov(config, cell))
+
+
+def _tbptt(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
+    cell = build_cell(config, task)
+    return TBPTT(cell, config.segment, _lyapunov(config, cell))
+
+
+def _jacrev(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
+    cell = build_cell(config, task)
+    if not isinstance(cell, SlotCell):
+        raise ValueError(f"method jacrev is for {_slot_cells()}, got cell {config.cell}")
+    return DenseJacobianRTRL(cell)
+
+
+def _network(kind: Literal["gru", "rnn"]) -> Callable[[RunConfig, Task | type[Corpus]], GradientMethod]:
+    """A plain network with as many units as the cell's state has entries."""
+
+    def build(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
+        hidden_size = config.num_slots * config.slot_size
+        return BPTT(RecurrentNetwork(kind, task.input_size, hidden_size, task.output_size))
+
+    return build
+
+
+@dataclass(frozen=True)
+class Method:
+    """A model and the way to its gradient.
+
+    Attributes:
+        meaning: what it is, in a few words.
+        label: its name in tables and plots; ``{segment}`` stands for the steps of a segment.
+        build: makes it for a run and what the run trains on, with freshly drawn parameters.
+        regularized: whether it takes a Lyapunov regularizer.
+    """
+
+    meaning: str
+    label: str
+    build: Callable[[RunConfig, Task | type[Corpus]], GradientMethod]
+    regularized: bool = False
+
+
+METHODS = {
+    "rtrl": Method("exact sparse RTRL, in segments", "sparse RTRL, segment {segment}", _sparse_rtrl, True),
+    "bptt": Method("BPTT through the whole sequence", "BPTT", _bptt, True),
+    "tbptt": Method("truncated BPTT, in segments", "TBPTT({segment})", _tbptt, True),
+    "jacrev": Method("dense-Jacobian RTRL by torch.func", "RTRL by torch.func", _jacrev),
+    "gru-bptt": Method("a GRU with BPTT", "GRU, BPTT", _network("gru")),
+    "rnn-bptt": Method("a tanh RNN with BPTT", "RNN, BPTT", _network("rnn")),
+}
+"""Methods by the name they have on the command line."""
 
 
 def build_method(config: RunConfig) -> GradientMethod:
     """The model of a run, freshly initialised from its seed, and the way to its gradient."""
     torch.manual_seed(config.seed)
-    kind = CORPORA.get(config.task)
-    task = kind or build_task(config, config.length, config.batch_size, config.seed)
-    if config.method in ("gru-bptt", "rnn-bptt"):
-        hidden_size = config.num_slots * config.slot_size
-        return BPTT(RecurrentNetwork(config.method[:3], task.input_size, hidden_size, task.output_size))
-    cell = build_cell(config, task)
-    lyapunov = None
-    if config.lyapunov_weight is not None:
-        if not isinstance(cell, SlotCell):
-            raise ValueError(f"lyapunov_weight is for the cells {', '.join(SLOT_CELLS)}, got cell {config.cell}")
-        weight, target = config.lyapunov_weight, config.lyapunov_target
-        lyapunov = LyapunovRegularizer(cell, config.batch_size, weight, target, config.seed)
-    if config.method == "bptt":
-        return BPTT(cell, lyapunov)
-    if config.method == "tbptt":
-        return TBPTT(cell, config.segment, lyapunov)
-    if config.method == "jacrev":
-        if not isinstance(cell, SlotCell):
-            raise ValueError(f"method jacrev is for the cells {', '.join(SLOT_CELLS)}, got cell {config.cell}")
-        return DenseJacobianRTRL(cell)
-    return SparseRTRL(
-        cell,
-        config.batch_size,
-        config.segment,
-        config.buffer,
-        config.commit_every,
-        config.catch_up,
-        config.influence_cap,
-        lyapunov,
-    )
+    if config.task in CORPORA:
+        return METHODS[config.method].build(config, CORPORA[config.task].kind)
+    return METHODS[config.method].build(config, build_task(config, config.length, config.batch_size, config.seed))
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -342,8 +341,8 @@ def probe(config: RunConfig, length: int, updates: int = 2, repeats: int = 5) ->
     return Probe(length, peak, seconds / (length * config.batch_size))
 
 
-class ContestantError(RuntimeError):
-    """A contestant's process failed."""
+class ExperimentError(RuntimeError):
+    """The process of an experiment failed."""
 
 
 def run_job(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -393,11 +392,11 @@ def run_in_process(job: dict[str, Any], on_event: Callable[[dict[str, Any]], Non
         on_event: called with each ``progress`` event.
 
     Raises:
-        ContestantError: if the process fails, with its last words.
+        ExperimentError: if the process fails, with its last words.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(job["config"]["threads"])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "sparse_rtrl.cli.contestant"],
+        [sys.executable, "-m", "sparse_rtrl.cli.experiment"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -425,7 +424,7 @@ def run_in_process(job: dict[str, Any], on_event: Callable[[dict[str, Any]], Non
     listener.join()
     if result is None:
         said = words[-1].strip() if words else "it said nothing"
-        raise ContestantError(f"{job['config']['method']} ended with exit status {code}: {said}")
+        raise ExperimentError(f"{job['config']['method']} ended with exit status {code}: {said}")
     return result
 
 
