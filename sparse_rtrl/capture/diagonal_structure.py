@@ -147,7 +147,7 @@ def derivatives(
     Args:
         cell: the cell.
         before: state entries before the step, ``(N, *state_shape)``, detached.
-        values: those of the projections, broadcastable to them, detached.
+        values: those of the projections, broadcastable to ``(N, *state_shape)``, detached.
         wanted: for which of them the derivative is asked.
 
     Returns:
@@ -180,7 +180,7 @@ def derivatives(
 
 
 def direct_reads(cell: DiagonalCell, variables: list[Tensor], leaves: list[Tensor]) -> list[str]:
-    """What a step reads itself and must not: the trainable tensors in its graph beside ``leaves``."""
+    """What a step reads itself and must not: the trainable tensors in its graph beside ``leaves``, any shapes."""
     given = {id(leaf) for leaf in leaves}
     read = [variable for variable in variables if id(variable) not in given]
     names = {id(p): name for name, p in cell.named_parameters()} if read else {}
@@ -229,11 +229,11 @@ def _graph_of(tensor: Tensor) -> tuple[list[Tensor], list[str]]:
 def diagonals(
     new: Tensor, leaves: list[Tensor], phases: Tensor | None = None, retain_graph: bool = False
 ) -> list[Tensor]:
-    """Derivatives of ``new`` by the entry of each leaf at the same place, if no other place depends on it.
+    """Derivatives ``(N, *state_shape)`` of ``new`` by the entry of each leaf at its place, if no other depends on it.
 
     Args:
         new: ``(N, *state_shape)``.
-        leaves: of the same shape.
+        leaves: ``(N, *state_shape)`` each.
         phases: numbers, complex ones perhaps, to weight the entries with; the result does not depend on them if the
             Jacobian is diagonal and holomorphic.
         retain_graph: whether the graph is needed again.
@@ -367,7 +367,7 @@ def _differ(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def differs(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors of one shape differ by more than rounding of their dtype explains."""
+    """Whether two tensors of equal shapes differ by more than rounding of their dtype explains."""
     if torch.equal(found, expected) or not found.numel():
         return False
     error, size = (found - expected).abs().amax(), expected.abs().amax()

@@ -88,7 +88,7 @@ class FactorCapture(TorchFunctionMode):
         return result
 
     def find(self, tensor: Tensor | None) -> RecurrentParameter | None:
-        """The recurrent parameter that a tensor is, unless it takes the dense path."""
+        """The recurrent parameter that a tensor of any shape is, unless it takes the dense path."""
         parameter = None if tensor is None else self.tracked.get(id(tensor))
         return None if parameter is None or parameter.name in self.dense else parameter
 
@@ -98,7 +98,7 @@ class FactorCapture(TorchFunctionMode):
         y: Tensor,
         build: Callable[[Tensor], list[Piece]],
     ) -> Tensor:
-        """Note a recognised call, and return its output."""
+        """Note a recognised call, and return its output ``(B * copies, ...)``."""
         self.coarsest = coarser(self.coarsest, y.dtype)
         if not y.requires_grad:
             y.requires_grad_()
@@ -106,7 +106,7 @@ class FactorCapture(TorchFunctionMode):
         return y
 
     def one_row_each(self, z: Tensor) -> bool:
-        """Whether the first dimension of an input can be the copies of the streams."""
+        """Whether the first dimension of an input ``(B * copies, ...)`` can be the copies of the streams."""
         return z.dim() >= 2 and z.shape[0] == self.batch * self.copies
 
     def per_row(self, delta: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ class FusedCapture:
             steps: the call, from :meth:`run`.
             slots: the slots that its outputs look at, from :meth:`run`.
             state: state that entered it, ``(B, S, D)``.
-            new_state: state after it.
+            new_state: state after it, ``(B, S, D)``.
             tensors: as for :meth:`run`.
             verifier: draws the cotangent and judges.
             number: number of the first step, for messages.

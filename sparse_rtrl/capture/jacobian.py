@@ -527,7 +527,7 @@ class Precision(TorchFunctionMode):
 
 
 def refuse_untracked(value: Tensor, carried: Sequence[Tensor], cell: nn.Module) -> None:
-    """Refuse a value that depends on a trainable tensor other than those that are carried.
+    """Refuse a value of any shape that depends on a trainable tensor other than those that are carried.
 
     Raises:
         ContractError: naming each.
@@ -590,7 +590,7 @@ def _gather_support(state: Tensor, routing: Routing) -> Tensor:
 def gradients(
     value: Tensor, inputs: list[Tensor], cotangent: Tensor, retain_graph: bool = False
 ) -> list[Tensor | None]:
-    """Gradients of a value; None where there is no path."""
+    """Gradients of a value of any shape, each in its input's own shape; None where there is no path."""
     if not value.requires_grad or not inputs:
         return [None] * len(inputs)
     return list(torch.autograd.grad(value, inputs, cotangent, retain_graph=retain_graph, allow_unused=True))

@@ -85,7 +85,7 @@ class SegmentGraph:
 
 
 def walk(end: Tensor, entry: GraphNode | None) -> SegmentGraph:
-    """Walk the graph from ``end`` back to the node ``entry``, which is not passed; with None to its leaves.
+    """Walk the graph from ``end (B, H)`` back to the node ``entry``, which is not passed; with None to its leaves.
 
     Returns:
         The leaves that were met, and who uses what.
@@ -114,7 +114,7 @@ def walk(end: Tensor, entry: GraphNode | None) -> SegmentGraph:
 
 @contextmanager
 def without_hooks(parameters: list[Tensor]) -> Iterator[None]:
-    """Switch off the parameters' gradient hooks, which are meant for whole gradients, not for rows of a Jacobian."""
+    """Switch off the gradient hooks of parameters of any shape: they are for whole gradients, not for rows."""
     hooked = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
     for hooks, _ in hooked:
         hooks.clear()
@@ -149,7 +149,7 @@ def uses_of(
 
     Args:
         number: index of the parameter.
-        parameter: the parameter.
+        parameter: the parameter, any shape.
         accumulator: the node that accumulates its gradient.
         graph: from :func:`walk`.
         batch: streams ``B``.

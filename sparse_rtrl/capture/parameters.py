@@ -43,7 +43,7 @@ class RecurrentParameter:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor the module uses now; evaluates the parametrization of a parametrized weight."""
+        """The tensor the module uses now, in its own shape; evaluates the parametrization of a parametrized weight."""
         return getattr(self.module, self.attribute)
 
     @property
@@ -157,7 +157,7 @@ class ParameterGroups:
         return like.new_zeros(self.core_columns), like.new_zeros(self.num_experts, self.expert_columns)
 
     def split(self, core: Tensor, experts: Tensor) -> list[Tensor]:
-        """Cut gradients by columns into one per parameter, in the order of :attr:`all`.
+        """Cut gradients by columns into one per parameter in its own shape, in the order of :attr:`all`.
 
         Args:
             core: ``(N_core,)``.

@@ -114,9 +114,9 @@ class Verifier:
         Args:
             step: number of the segment or step, for messages.
             stream: the stream that the cotangent was for.
-            found: products of the cotangent and the captured Jacobians by name, :data:`STATE` and
+            found: products, any shapes, of the cotangent and the captured Jacobians by name, :data:`STATE` and
                 :data:`OTHER_STREAMS` among them.
-            expected: the same from autograd; None where there is no path.
+            expected: the same from autograd, in equal shapes; None where there is no path.
             tolerance: largest error relative to the largest entry of a value, or to a hundredth of that of all. For
                 :data:`OTHER_STREAMS` it is zero: streams that do not influence each other have no gradient at all.
             reason: likely reasons and the remedy, one or more sentences.

@@ -52,7 +52,7 @@ class Mapped:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is trained: the weight, and the bias if there is one."""
+        """What is trained: the weight ``(M, J)``, and the bias ``(M,)`` if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
@@ -69,7 +69,7 @@ class Learned:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is trained: the value."""
+        """What is trained: the value, in its own shape."""
         return [self.value]
 
 
@@ -86,7 +86,7 @@ class Given:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Nothing is trained."""
+        """Nothing is trained: none, of any shape."""
         return []
 
 
@@ -168,7 +168,7 @@ class DiagonalCell(nn.Module):
         return self.zero_entries(batch_size)
 
     def initial_state(self, batch_size: int) -> State:
-        """State a stream starts from, see :meth:`initial_entries`; the previous input of a first step is zero."""
+        """State to start from, see :meth:`initial_entries`; the previous input of a first step is zero."""
         entries = self.initial_entries(batch_size)
         if not self.previous_input:
             return entries
@@ -204,7 +204,7 @@ class DiagonalCell(nn.Module):
         Args:
             x: input rows ``(N, input_size)``, or ``(N, 2 * input_size)`` with ``previous_input``.
             before: state entries before the step, ``(N, *state_shape)``.
-            h: state entries after it.
+            h: state entries after it, ``(N, *state_shape)``.
             values: those of :meth:`project`.
 
         Returns:
@@ -240,13 +240,13 @@ class DiagonalCell(nn.Module):
 
     @full_precision
     def projected(self, rows: Tensor) -> tuple[tuple[Projection, ...], list[Tensor]]:
-        """What :meth:`project` gives for input rows, and its values, in full precision under autocast too."""
+        """What :meth:`project` gives for rows ``(N, input_size)``, and its values, in full precision always."""
         projections = tuple(self.project(rows))
         return projections, [projection.value for projection in projections]
 
     @full_precision
     def states(self, h: Tensor, values: list[Tensor], steps: int) -> list[Tensor]:
-        """The state entries before the first and after each of ``steps`` steps, from values of all their rows."""
+        """Entries ``(B, *state_shape)`` before the first and after each step, from values ``(steps * B, ...)``."""
         batch = h.shape[0]
         # Values of rows have one dimension more than those that are the same in every row.
         per_step = [
@@ -269,7 +269,7 @@ class DiagonalCell(nn.Module):
         return _apart(outputs, [before, after]).unflatten(0, (steps, states[0].shape[0]))
 
     def next_state(self, xs: Tensor, states: list[Tensor]) -> State:
-        """The state after the steps, with the previous input where the cell looks at it."""
+        """State ``(B, *state_shape)`` after ``xs (n, B, input_size)``, with the last input where the cell looks at it."""
         return (states[-1], xs[-1].clone()) if self.previous_input else states[-1]  # the caller may reuse the inputs
 
 

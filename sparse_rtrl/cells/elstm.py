@@ -58,7 +58,7 @@ class ELSTMCell(DiagonalCell):
         self.readout = ELSTMReadout(input_size, hidden_size, output_size)
 
     def project(self, x: Tensor) -> tuple[Projection, ...]:
-        """``F x``, ``Z x``, ``w^f`` and ``w^z``."""
+        """``F x``, ``Z x``, ``w^f`` and ``w^z`` of rows ``x (N, input_size)``."""
         return (
             Mapped(x, self.forget.weight, self.state_shape, self.forget.bias),
             Mapped(x, self.content.weight, self.state_shape, self.content.bias),
@@ -74,5 +74,5 @@ class ELSTMCell(DiagonalCell):
         return torch.lerp(z, h, f)
 
     def output(self, x: Tensor, before: Tensor, h: Tensor, *values: Tensor) -> Tensor:
-        """``W (o ⊙ c)``."""
+        """``W (o ⊙ c)``, ``(N, output_size)``."""
         return self.readout(h, x)

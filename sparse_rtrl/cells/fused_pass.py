@@ -65,7 +65,7 @@ class FusedPass(ABC):
 
     @abstractmethod
     def weights(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        """Those of the recurrent tensors that the backward pass reads, in the order of the operations."""
+        """Those of the recurrent tensors, own shapes, that the backward pass reads, in the order of the operations."""
 
     @abstractmethod
     def forward(self, xs: Tensor, state: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ class FusedPass(ABC):
         Args:
             xs: inputs ``(n, B, input_size)``.
             state: state that enters the first step, ``(B, S, D)``.
-            tensors: the recurrent tensors by name, detached.
+            tensors: the recurrent tensors by name, in their own shapes, detached.
 
         Returns:
             The new state ``(B, S, D)``; the slots that the outputs look at (old content of the read ones, new content
@@ -95,7 +95,7 @@ class FusedPass(ABC):
         """Row vectors ``v (B, H)`` behind the last step back to before the first one, in place.
 
         Args:
-            v: ``dL/dh`` behind the last step.
+            v: ``dL/dh`` behind the last step, ``(B, H)``.
             core: gradient of the core parameters at fixed entry state, ``(N_core,)``, added to.
             experts: that of the experts, ``(E, N_expert)``, added to.
             cotangent: ``dL/d slots`` of every step, ``(n, B, kr + kw, D)``, or None.

@@ -83,7 +83,7 @@ class LRUCell(DiagonalCell):
         return torch.exp(torch.complex(-torch.exp(self.nu), torch.exp(self.theta)))
 
     def project(self, x: Tensor) -> tuple[Projection, ...]:
-        """``λ``, ``γ`` and ``B x``."""
+        """``λ``, ``γ`` and ``B x`` of rows ``x (N, input_size)``."""
         B = torch.view_as_complex(self.B)
         # A complex gamma saves the second backward pass that a real value in a complex state needs.
         gamma = torch.exp(self.gamma).to(B.dtype)

@@ -87,7 +87,7 @@ class MambaCell(DiagonalCell):
         self.readout = MambaReadout(input_size, channels, state_size, output_size)
 
     def project(self, x: Tensor) -> tuple[Projection, ...]:
-        """``A``, the argument of ``Δ``, ``B`` and ``u``."""
+        """``A``, the argument of ``Δ``, ``B`` and ``u`` of rows ``x (N, input_size)``."""
         channels, size = self.state_shape
         B = self.B.weight @ self.input.weight
         delta = self.delta_up.weight @ (self.delta_down.weight @ self.input.weight)

@@ -117,7 +117,7 @@ class RetentionCell(DiagonalCell):
         self.readout = RetentionReadout(input_size, num_heads, head_size, head_size, output_size)
 
     def project(self, x: Tensor) -> tuple[Projection, ...]:
-        """``γ`` or ``γ e^{i θ}``, ``k`` without its scale, and ``v``."""
+        """``γ`` or ``γ e^{i θ}``, ``k`` without its scale, and ``v``, of rows ``x (N, input_size)``."""
         heads, keys, values = self.state_shape
         current, before = x[:, : self.input_size], x[:, -self.input_size :]  # the same without token shift
         decay = self.decay.view(heads, 1, 1)
@@ -134,7 +134,7 @@ class RetentionCell(DiagonalCell):
         )
 
     def step(self, h: Tensor, *values: Tensor) -> Tensor:
-        """``γ S + k v^T``, with ``γ e^{i θ}`` and conjugate keys if they are rotated."""
+        """``γ S + k v^T``, ``(N, *state_shape)``, with ``γ e^{i θ}`` and conjugate keys if they are rotated."""
         decay, key, value = values
         scale = self.state_shape[2] ** -0.5  # of the keys; here it costs less than on their weight
         return torch.addcmul(key * (scale * value), decay, h)

@@ -92,7 +92,7 @@ class RWKVCell(DiagonalCell):
         return entries
 
     def project(self, x: Tensor) -> tuple[Projection, ...]:
-        """``-w``, ``k`` and ``v``."""
+        """``-w``, ``k`` and ``v`` of rows ``x (N, 2 * input_size)``."""
         shape = (1, self.state_shape[1])
         return (
             Learned(-torch.exp(self.decay).unsqueeze(0)),
@@ -101,7 +101,7 @@ class RWKVCell(DiagonalCell):
         )
 
     def step(self, h: Tensor, *values: Tensor) -> Tensor:
-        """Decay the sums, add the new term, and rescale both by the new exponent."""
+        """Decay the sums ``h (N, *state_shape)``, add the new term, and rescale both by the new exponent."""
         log_decay, key, value = values
         exponent = h[..., 2:, :].detach()
         largest = torch.maximum(exponent + log_decay[..., -1:, :], key[..., -1:, :]).detach()

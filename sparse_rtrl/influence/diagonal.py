@@ -72,7 +72,7 @@ def recorded_steps(
 
     Args:
         projections: of the ``n * B`` rows of the steps.
-        values: their values.
+        values: their values, ``(n * B, ...)``.
         states: entries before the first and after each step, ``(B, *state_shape)``.
         number: number of the first step, for messages.
     """

@@ -272,7 +272,7 @@ def check_memory(
         groups: the recurrent parameters.
         hidden_size: ``H``.
         batch_size: ``B``.
-        like: a tensor of the influence's dtype on its device.
+        like: a tensor of any shape, of the influence's dtype on its device.
         remedy: what to do, for the message.
 
     Raises:

@@ -42,11 +42,12 @@ def get_expert_latent_activated(
 
     Args:
         model: the cell that ran.
-        info: the dict it returned, with ``idx_slots_read``, ``idx_slots_write`` and ``idx_experts``.
+        info: the dict it returned, with ``idx_slots_read (B, kr)``, ``idx_slots_write (B, kw)`` and
+            ``idx_experts (B, k)``.
 
     Returns:
         Active parameters by name, core parameters and ``name.e`` for each active expert ``e`` of a stacked one, which
-        remember ``info``; the sorted state entries written by any stream; the sorted state entries read by any stream.
+        remember ``info``; the sorted state entries written by any stream, ``(m,)``; those read by any stream.
     """
     groups = ParameterGroups.of_cell(model)
     experts = info["idx_experts"].unique().tolist()
@@ -126,11 +127,12 @@ class BlockRTRL:
             model: the cell, with the parameters that the step ran with.
             x_t: input of the step ``(B, ...)``.
             h_t: state that entered it ``(B, S, D)``, the very tensor that was given to the model.
-            loss: loss of this step before its backward, or None.
-            active_params: names of the active parameters, from :func:`get_expert_latent_activated`.
+            loss: loss of this step before its backward, a number, or None.
+            active_params: the active parameters by name, any shapes, from :func:`get_expert_latent_activated`.
             read_idx: state entries read by any stream.
             write_idx: state entries written by any stream.
-            info: the dict that the model returned; None for the one that ``active_params`` remember.
+            info: the dict that the model returned, see :func:`get_expert_latent_activated`; None for the one that
+                ``active_params`` remember.
 
         Raises:
             ContractError: if the model uses slots or parameters that the lists do not name, or the step with these

@@ -145,7 +145,7 @@ class DiagonalEngine:
 
         Args:
             xs: inputs ``(n, B, input_size)``; what is kept of the past takes them as given, even if they have a graph.
-            state: the state that enters, detached.
+            state: the state that enters, ``(B, *state_shape)``, detached.
             fresh: streams ``(B,)`` bool that take their first step, see :meth:`entering`.
             verifier: says whether the segment is compared with an ordinary backward pass.
 
@@ -194,10 +194,10 @@ class DiagonalEngine:
         return outputs, new.detach() if isinstance(new, Tensor) else (new[0].detach(), new[1])
 
     def entering(self, state: State, fresh: Tensor | None) -> State:
-        """The state that enters the next segment: for fresh streams the initial state, by the parameters as they are.
+        """State ``(B, *state_shape)`` that enters next: for fresh streams the initial one, by the parameters of now.
 
         Args:
-            state: the last state.
+            state: the last state, ``(B, *state_shape)``.
             fresh: streams ``(B,)`` bool that were started and have taken no step yet; None if there are none.
         """
         if fresh is None:
@@ -231,7 +231,7 @@ class DiagonalEngine:
 
     @torch.enable_grad()
     def current_tensors(self) -> list[Tensor]:
-        """What the influence is that of, as functions of the parameters as they are now."""
+        """What the influence is that of, in their own shapes, as functions of the parameters as they are now."""
         return self._tensors(self.cell.projected(self.cell.zero_rows(1))[0])
 
     @full_precision
@@ -250,7 +250,7 @@ class DiagonalEngine:
             recorded: the steps of the segment.
             projections: of its rows, or of a part of them.
             first: the entries that entered it, ``(B, *state_shape)``, with their graph.
-            last: those that left it.
+            last: those that left it, ``(B, *state_shape)``.
 
         Raises:
             DisagreementError: naming the parameters; on a CUDA device later.
@@ -335,7 +335,7 @@ class DiagonalEngine:
         }
 
     def past_gradients(self, position: int, u: Tensor, number: int) -> list[Tensor | None]:
-        """Gradients through the past before a segment, one per tensor that the influence is that of.
+        """Gradients through the past before a segment, one in the own shape of each tensor the influence is that of.
 
         Args:
             position: place of the segment in the window.
@@ -457,7 +457,7 @@ def _initial_refusals(cell: DiagonalCell, initial: Tensor, batch_size: int) -> l
 def pull_back(
     tensors: list[Tensor], gradients: Sequence[Tensor | None], parameters: list[nn.Parameter]
 ) -> list[Tensor | None]:
-    """Gradients of tensors as those of the parameters that they are made of; None where there is no path."""
+    """Gradients of tensors, in their own shapes, as those of the parameters they are made of; None without a path."""
     pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None and t.requires_grad]
     if not pairs or not parameters:
         return [None] * len(parameters)

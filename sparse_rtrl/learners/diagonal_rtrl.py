@@ -79,7 +79,7 @@ class DiagonalRTRL(RTRL):
 
     @property
     def entry_state(self) -> Tensor:
-        """Not kept for a diagonal cell.
+        """Not kept for a diagonal cell, see :attr:`RTRL.entry_state`.
 
         Raises:
             RuntimeError: always.

@@ -77,7 +77,7 @@ class DiagonalStack(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, output_size))
 
     def initial_state(self, batch_size: int) -> tuple[State, ...]:
-        """State that streams start from, one per layer."""
+        """State that streams start from, ``(B, *state_shape)`` for each layer."""
         return tuple(cell.initial_state(batch_size) for cell in self.cells)  # type: ignore[operator]
 
     def forward(self, x: Tensor, state: tuple[State, ...]) -> tuple[Tensor, tuple[State, ...]]:
@@ -90,7 +90,7 @@ class DiagonalStack(nn.Module):
 
         Args:
             xs: inputs ``(n, B, input_size)``.
-            state: one per layer.
+            state: one per layer, ``(B, *state_shape)``.
             run: what runs a layer's cell; by default its ``unroll``.
 
         Returns:
@@ -156,7 +156,7 @@ class PerLayerApproximation:
 
     @property
     def state(self) -> tuple[State, ...]:
-        """A copy of the state that the next step starts from, one per layer, detached."""
+        """A copy of the state that the next step starts from, ``(B, *state_shape)`` for each layer, detached."""
         states = zip(self._engines, self._state, strict=True)
         return pytree.tree_map(Tensor.clone, tuple(engine.entering(state, self._fresh) for engine, state in states))
 

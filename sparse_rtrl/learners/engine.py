@@ -131,7 +131,7 @@ class Engine:
         return [p.tensor for p in self.groups.all]
 
     def checked_tensors(self, look: bool = True) -> list[Tensor]:
-        """As :meth:`tensors`, after checking that they are still those the influence was built for.
+        """The :meth:`tensors`, in their own shapes, after checking that the influence was built for them.
 
         Args:
             look: whether values may be looked at, which recorded steps must not wait for.
@@ -429,7 +429,7 @@ class Engine:
         return self.groups.split(*self.influence.loss_gradient(position, u.flatten(1), number))
 
     def add_to_grad(self, core: Tensor, experts: Tensor) -> None:
-        """Add gradients with respect to the carried tensors to ``.grad``, back through parametrizations."""
+        """Add gradients, core ``(N_core,)`` and experts ``(E, N_expert)``, to ``.grad``, through parametrizations."""
         for parameter, gradient in zip(self.groups.all, self.groups.split(core, experts), strict=True):
             if not parameter.trainable or not bool(gradient.any()):
                 continue

@@ -13,7 +13,7 @@ class Entry(Protocol):
     """Answers the gradient of a loss with respect to the entry state of a segment."""
 
     def gradients(self, u: Tensor) -> Sequence[Tensor | None]:
-        """Gradients through the past, one per tensor given to :class:`EnterSegment`, for ``u = dL/dh_entry``."""
+        """Gradients through the past, one in its own shape per tensor of :class:`EnterSegment`, for ``u (B, ...)``."""
 
 
 class SegmentEngine(Protocol):
@@ -26,7 +26,7 @@ class SegmentEngine(Protocol):
         """Holds the captured steps in ``window``, whose identity is ``window_key``."""
 
     def past_gradients(self, position: int, u: Tensor, number: int) -> Sequence[Tensor | None]:
-        """Gradients through the past before a segment at a place of the window, for ``u = dL/dh`` at its entry."""
+        """Gradients, in their own shapes, through the past before a segment, for ``u (B, ...)`` at its entry."""
 
 
 class EnterSegment(torch.autograd.Function):
@@ -37,13 +37,13 @@ class EnterSegment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, entry: Entry, state: Tensor, *tensors: Tensor) -> Tensor:
-        """Return the state as a new tensor."""
+        """Return the state ``(B, ...)`` as a new tensor."""
         ctx.entry = entry
         return state.view_as(state)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Any:  # type: ignore[override]
-        """Ask the entry for the gradients of the parameters."""
+        """Ask the entry for the gradients of the parameters, for ``u = dL/dh_entry (B, ...)``."""
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph=True is not supported: the influence is not differentiable")
         wanted = ctx.needs_input_grad[2:]
@@ -67,7 +67,7 @@ class SegmentEntry:
         self.window_key = self.engine.influence.window_key
 
     def gradients(self, u: Tensor) -> Sequence[Tensor | None]:
-        """Gradients through the past, one per tensor given to :class:`EnterSegment`, for ``u = dL/dh_entry``."""
+        """Gradients through the past, one in its own shape per tensor of :class:`EnterSegment`, for ``u (B, ...)``."""
         if self.used:
             raise RuntimeError(
                 "backward was called twice for the same output of the learner; add the losses up and call it once"

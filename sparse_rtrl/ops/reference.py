@@ -377,7 +377,7 @@ def _check_window(starts: Tensor, count: int, capacity: int) -> None:
 def widen(
     rows: Tensor, cols: Tensor, blocks: Tensor, loss_row: Tensor, num_rows: int, num_cols: int, slot_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same map written over ``num_rows`` and ``num_cols`` slots, repeating the largest slot of each stream."""
+    """The same map ``(Q, ...)`` over ``num_rows`` and ``num_cols`` slots, repeating the largest slot of each stream."""
     new_cols = cols if cols.shape[1] or not num_cols else cols.new_zeros(len(cols), 1)
     new_rows = rows if rows.shape[1] or not num_rows else new_cols[:, -1:]
     new_rows = torch.cat((new_rows, new_rows[:, -1:].expand(-1, num_rows - new_rows.shape[1])), dim=1)

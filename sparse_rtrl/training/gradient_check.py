@@ -93,9 +93,9 @@ def relative_error(gradient: Tensor, reference: Tensor, scale: Tensor) -> float:
     """``‖g − g_ref‖ / max(‖g_ref‖, 1e-3 · scale)``; some gradients are exactly zero, hence the second term.
 
     Args:
-        gradient: of one parameter.
-        reference: its true value.
-        scale: norm of the reference over all parameters.
+        gradient: of one parameter, any shape.
+        reference: its true value, in equal shape.
+        scale: a number, the norm of the reference over all parameters.
     """
     return float((gradient - reference).norm() / torch.maximum(reference.norm(), 1e-3 * scale))
 

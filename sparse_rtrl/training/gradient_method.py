@@ -92,7 +92,7 @@ def answer_loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tally]:
         target: classes ``(n, B)``, :data:`~sparse_rtrl.training.tasks.IGNORE` where nothing is asked.
 
     Returns:
-        The sum and its tally.
+        The sum, a number, and its tally.
     """
     asked = target != IGNORE
     logits, classes = outputs[asked], target[asked]
@@ -201,7 +201,7 @@ def backpropagate(outputs: Tensor, target: Tensor, divisor: int, penalty: Tensor
         outputs: logits ``(n, B, output_size)``.
         target: classes ``(n, B)``.
         divisor: what the summed loss is divided by; 0 if the segment asks nothing.
-        penalty: added to the loss; it does not count in the tally.
+        penalty: a number added to the loss; it does not count in the tally.
 
     Raises:
         NonFiniteLossError: if the loss is not finite, with the first step where it is not.

@@ -124,7 +124,7 @@ class Task(ABC):
         """Draw ``tokens (B, T)`` and ``target (B, T)``, both int64."""
 
     def begin(self) -> dict[str, Tensor]:
-        """Draw what a batch of sequences is about, for :meth:`part` to write it out piece by piece."""
+        """Draw what a batch of sequences is about, ``(B, ...)``, for :meth:`part` to write it out piece by piece."""
         tokens, target = self._draw()
         return {"tokens": tokens, "target": target}
 
@@ -231,7 +231,7 @@ class Haystack(Task):
         return tokens, target
 
     def begin(self) -> dict[str, Tensor]:
-        """Draw key and value; fillers come with the parts, so that memory does not grow with the length."""
+        """Draw key and value, ``(B,)`` each; fillers come with the parts: memory does not grow with the length."""
         key = 1 + self._integers(self.length - 1 - max(self.min_distance, 3), self.batch_size)
         return {"key": key, "value": self._integers(self.output_size, self.batch_size)}
 
@@ -297,7 +297,7 @@ class Copy(Task):
         return tokens, target
 
     def begin(self) -> dict[str, Tensor]:
-        """Draw the pattern; blanks come with the parts."""
+        """Draw the pattern ``(B, n)``; blanks come with the parts."""
         n = self.pattern_length or self.length // 2
         return {"pattern": self._integers(self.output_size, self.batch_size, n)}
 

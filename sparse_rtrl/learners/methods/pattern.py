@@ -39,7 +39,7 @@ class PatternInfluence:
 
     @classmethod
     def empty(cls, batch: int, size: int, like: Tensor) -> PatternInfluence:
-        """No influence of ``size`` elements, in one group."""
+        """No influence of ``size`` elements, in one group, in the dtype of ``like``, any shape."""
         none = torch.zeros(1, 0, dtype=torch.int64, device=like.device)
         return cls(none, none.bool(), like.new_zeros(batch, 1, 0, size))
 

@@ -26,14 +26,14 @@ class Truncated(Past):
         pass
 
     def gradients(self, index: int, u: Tensor) -> dict[str, Tensor]:
-        """No gradients."""
+        """No gradients, see :meth:`Past.gradients`."""
         return {}
 
     def reset(self, streams: Tensor) -> None:
-        """Nothing to forget."""
+        """Nothing to forget, see :meth:`Past.reset`."""
 
     def influence(self) -> dict[str, Tensor]:
-        """No influence."""
+        """No influence, see :meth:`Past.influence`."""
         return {}
 
     def kept_bytes(self) -> int:
