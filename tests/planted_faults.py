@@ -368,7 +368,7 @@ ENGINE = [
     Fault(
         "reached_unseen",
         "a parameter that is used out of the capture's sight gets no dense Jacobian",
-        "        self._note_dense(set(reached) | self.dense)\n",
+        "        self._note_dense(reached | self.dense)\n",
         "",
         ("tests/learners/test_slot_edges.py::test_a_parameter_used_out_of_sight_is_carried",),
     ),

@@ -737,8 +737,13 @@ def rewritten(text: str) -> str:
 
 def differences(write: bool) -> list[str]:
     """What differs from the records, one line each; rewritten if asked."""
-    found, used = [], set()
     text_of = {path: path.read_text() for path in pages()}
+    return different_tables(text_of, write) + different_pictures(text_of, write)
+
+
+def different_tables(text_of: dict[Path, str], write: bool) -> list[str]:
+    """Tables of pages that differ from the records."""
+    found, used = [], set()
     for path, text in text_of.items():
         place = path.relative_to(ROOT)
         marks = [match for match in BLOCK.finditer(text)]
@@ -752,7 +757,12 @@ def differences(write: bool) -> list[str]:
                 found.append(f"{place}: {match[2]} differs from its records")
         if write and all(match[2] in TABLES for match in marks):
             path.write_text(rewritten(text))
-    found += [f"no page has the table {name}" for name in TABLES if name not in used]
+    return found + [f"no page has the table {name}" for name in TABLES if name not in used]
+
+
+def different_pictures(text_of: dict[Path, str], write: bool) -> list[str]:
+    """Pictures that no page shows, or that are of other records."""
+    found = []
     for name, (records, draw) in DRAWN.items():
         path = PICTURES / f"{name}.png"
         if not any(path.name in text for text in text_of.values()):

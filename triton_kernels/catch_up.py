@@ -304,13 +304,9 @@ def _catch_up(
     device, hidden, columns, moved = P.device, P.shape[1] - 1, P.shape[2], groups.numel()
     if slot_size < 1 or hidden % slot_size:
         raise ValueError(f"slot_size must be a divisor of H = {hidden}, got {slot_size}")
-    rows = launch.check("rows", ring[0], torch.int64, (None, None, None), device)
+    rows, cols, blocks, loss_rows = _checked_ring(ring, slot_size, dtype, device)
     capacity, batch, num_rows = rows.shape
-    cols = launch.check("cols", ring[1], torch.int64, (capacity, batch, None), device)
     num_cols = cols.shape[2]
-    size = (capacity, batch, num_rows * slot_size, num_cols * slot_size)
-    blocks = launch.check("blocks", ring[2], dtype, size, device)
-    loss_rows = launch.check("loss_rows", ring[3], dtype, (capacity, batch, num_cols * slot_size), device)
     count = launch.check("count", count, torch.int64, (), device)
     streams = launch.check("streams", streams, torch.int64, (moved,), device)
     groups = launch.check("groups", groups, torch.int64, (moved,), device)
@@ -380,6 +376,24 @@ def _catch_up(
         **column.constants(),
     )
     launch.next_seed(seed)
+
+
+def _checked_ring(
+    ring: tuple[Tensor, Tensor, Tensor, Tensor], slot_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, columns, blocks and loss rows of the segments, contiguous.
+
+    Raises:
+        TypeError: on a wrong dtype.
+        ValueError: on a wrong shape or device.
+    """
+    rows = launch.check("rows", ring[0], torch.int64, (None, None, None), device)
+    capacity, batch, num_rows = rows.shape
+    cols = launch.check("cols", ring[1], torch.int64, (capacity, batch, None), device)
+    width = cols.shape[2] * slot_size
+    blocks = launch.check("blocks", ring[2], dtype, (capacity, batch, num_rows * slot_size, width), device)
+    loss_rows = launch.check("loss_rows", ring[3], dtype, (capacity, batch, width), device)
+    return rows, cols, blocks, loss_rows
 
 
 def _catch_up_ring(

@@ -276,26 +276,16 @@ class JacobianCapture:
         h_read, h_write = (part.clone() for part in h.split((routing.read.shape[1], routing.write.shape[1]), dim=1))
         repeated = routing.repeat_interleave(copies)
         capture = FactorCapture(tracked, batch, copies, routing.experts, repeated.experts, set(self.dense), state.dtype)
-        try:
-            with torch.enable_grad(), capture:
-                content = self.cell.transition(x.repeat_interleave(copies, 0), h_read, h_write, repeated)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, (ContractError, torch.OutOfMemoryError, torch.AcceleratorError)):
-                raise
-            raise ContractError(
-                [
-                    f"update ran on {batch} rows but not on {batch * copies}, each of them repeated: it depends on the"
-                    f" number of rows ({type(error).__name__}: {error})"
-                ]
-            ) from error
+        with capture:
+            content = self._run_repeated(x, h_read, h_write, repeated, copies)
         touched_in_place = {p.name for use in capture.uses if use.y._version != use.version for p in use.parameters}
         self._note_dense(touched_in_place - self.dense)
-        carried = {id(source) for p in self.groups.all for source in p.sources}
-        others: list[tuple[str, Tensor]] = [
-            (name, p) for name, p in self.cell.named_parameters() if p.requires_grad and id(p) not in carried
+        watched = [
+            (p.name, t)
+            for t, p in zip(tensors, self.groups.all, strict=True)
+            if id(t) in tracked and p.name not in self.dense
         ]
-        watched = [(p.name, t) for t, p in zip(tensors, self.groups.all, strict=True) if id(t) in tracked]
-        watched = [(name, t) for name, t in watched if name not in self.dense]
+        others = self._others()
         weights = self._random_weights(batch, width, state)
         cotangent = torch.cat(
             (
@@ -307,15 +297,7 @@ class JacobianCapture:
         inputs = [h, *(use.y for use in capture.uses), *(t for _, t in watched), *(p for _, p in others)]
         found = gradients(content, inputs, cotangent.reshape(content.shape))
         of_h, of_uses, rest = found[0], found[1 : 1 + len(capture.uses)], found[1 + len(capture.uses) :]
-        # A recognised use is evaluated with detached parameters: what is reached all the same is used in another way.
-        reached = [name for (name, _), g in zip(watched + others, rest, strict=True) if g is not None]
-        if outside := [name for name, _ in others if name in reached]:
-            raise ContractError([_not_carried(name) for name in outside])
-        if sparse := [name for (name, _), g in zip(watched, rest, strict=False) if g is not None and g.is_sparse]:
-            raise ContractError(
-                [f"{', '.join(sparse)} has sparse gradients, which cannot be carried; use sparse=False"]
-            )
-        self._note_dense(set(reached) | self.dense)
+        self._note_reached(watched, others, rest)
         Jh = state.new_zeros(batch, copies, h[0].numel()) if of_h is None else of_h.view(batch, copies, -1)
         pieces = [
             piece
@@ -343,25 +325,14 @@ class JacobianCapture:
         elif bool(torch.stack([*idle, *mixed, differs]).any()):
             if ran is not None and bool(differs):
                 self._refuse_difference(content.detach(), x, state, routing, ran, tolerance)
-            if not all(bool(torch.isfinite(rows).all()) for rows in checked):
-                pass  # others refuse that
-            elif bool(idle[0]):
-                raise ContractError([_COUPLED.format("the new state of one depends on the old state of another")])
-            elif again and bool(mixed[0]):
-                raise ContractError(
-                    [
-                        "the Jacobian of a combination of state entries is not the combination of their Jacobians: rows"
-                        " of the batch influence each other, or a backward pass inside of update is not linear, as with"
-                        " clipping in a hook or an autograd.Function"
-                    ]
-                )
-            elif again:
-                # Rows in another order, or an influence through the input alone: the dense path takes whole streams.
-                self._note_dense(
-                    {p.name for p, d, _ in pieces if any(_row_problems(d.flatten(-2), weights, tolerance))} | self.dense
-                )
-            else:  # at a kink rounding alone may do that: once more from a state nearby
-                self._expanded(x, nearby(state), routing, tensors, tracked, None, None, again=True)
+            if all(bool(torch.isfinite(rows).all()) for rows in checked):  # others refuse what is not finite
+                _refuse_coupled(bool(idle[0]), again and bool(mixed[0]))
+                if again:
+                    # Rows in another order, or an influence through the input alone: the dense path is for those.
+                    bad = {p.name for p, d, _ in pieces if any(_row_problems(d.flatten(-2), weights, tolerance))}
+                    self._note_dense(bad | self.dense)
+                else:  # at a kink rounding alone may do that: once more from a state nearby
+                    self._expanded(x, nearby(state), routing, tensors, tracked, None, None, again=True)
         none = state.new_zeros(batch, self._carried(routing).experts.shape[1], width, 0)
         core, expert = (
             Factors(without if rows is None else rows[..., :width, :].contiguous(), kind)
@@ -369,6 +340,57 @@ class JacobianCapture:
         )
         layout = [(p.name, tuple(delta.shape)) for p, delta, _ in pieces]
         return Jh[:, :width].to(state.dtype).contiguous(), core, expert, layout, capture.coarsest
+
+    def _run_repeated(self, x: Tensor, h_read: Tensor, h_write: Tensor, repeated: Routing, copies: int) -> Tensor:
+        """Written content of every stream repeated ``copies`` times, ``(B * copies, kw, D)``.
+
+        Raises:
+            ContractError: if the cell cannot run on that many rows.
+        """
+        try:
+            with torch.enable_grad():
+                return self.cell.transition(x.repeat_interleave(copies, 0), h_read, h_write, repeated)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, (ContractError, torch.OutOfMemoryError, torch.AcceleratorError)):
+                raise
+            raise ContractError(
+                [
+                    f"update ran on {len(x)} rows but not on {len(x) * copies}, each of them repeated: it depends on"
+                    f" the number of rows ({type(error).__name__}: {error})"
+                ]
+            ) from error
+
+    def _others(self) -> list[tuple[str, Tensor]]:
+        """Trainable parameters of the cell that are not carried, by name."""
+        carried = {id(source) for p in self.groups.all for source in p.sources}
+        return [(name, p) for name, p in self.cell.named_parameters() if p.requires_grad and id(p) not in carried]
+
+    def _note_reached(
+        self,
+        watched: list[tuple[str, Tensor]],
+        others: list[tuple[str, Tensor]],
+        found: Sequence[Tensor | None],
+    ) -> None:
+        """Look at which parameters a backward pass reached that the capture did not see.
+
+        A recognised use is evaluated with detached parameters: what is reached all the same is used in another way.
+
+        Args:
+            watched: carried parameters by name.
+            others: those that are not carried.
+            found: gradients of both, in that order.
+
+        Raises:
+            ContractError: if one is reached that is not carried, or has a sparse gradient.
+        """
+        reached = {name for (name, _), g in zip(watched + others, found, strict=True) if g is not None}
+        if outside := [name for name, _ in others if name in reached]:
+            raise ContractError([_not_carried(name) for name in outside])
+        if sparse := [name for (name, _), g in zip(watched, found, strict=False) if g is not None and g.is_sparse]:
+            raise ContractError(
+                [f"{', '.join(sparse)} has sparse gradients, which cannot be carried; use sparse=False"]
+            )
+        self._note_dense(reached | self.dense)
 
     def _random_weights(self, batch: int, width: int, like: Tensor) -> Tensor:
         """Weights ``(B, w)`` of a combination of rows, another one for every stream; the same in every step."""
@@ -638,6 +660,24 @@ def _wrong(found: Tensor, truth: Tensor | None, tolerance: float, least: float) 
         return False  # others refuse such a step
     error, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (found - truth, truth))
     return error > tolerance * max(size, least)
+
+
+def _refuse_coupled(idle: bool, mixed: bool) -> None:
+    """Refuse rows that influence each other: a row without cotangent has a gradient, or rows do not combine.
+
+    Raises:
+        ContractError: saying which.
+    """
+    if idle:
+        raise ContractError([_COUPLED.format("the new state of one depends on the old state of another")])
+    if mixed:
+        raise ContractError(
+            [
+                "the Jacobian of a combination of state entries is not the combination of their Jacobians: rows of the"
+                " batch influence each other, or a backward pass inside of update is not linear, as with clipping in a"
+                " hook or an autograd.Function"
+            ]
+        )
 
 
 def _split(captured: StepJacobian, routings: list[Routing]) -> list[StepJacobian]:

@@ -234,30 +234,42 @@ def _use(operand: _Operand, node: GraphNode, name: str, position: int, batch: in
     product = _product_use(operand, node, name, position, batch)
     if product is not None:
         return product
-    if name == "AddmmBackward0" and position == 0:
-        return _elementwise(operand, node, float(node._saved_beta), batch)
-    if name in ("AddBackward0", "SubBackward0"):
-        sign = -1.0 if name == "SubBackward0" else 1.0
-        return _elementwise(operand, node, 1.0 if position == 0 else sign * float(node._saved_alpha), batch)
-    if name == "MulBackward0":
-        other = node._saved_other if position == 0 else node._saved_self
-        return _elementwise(operand, node, other.detach(), batch)
-    if name == "NativeLayerNormBackward0":
-        x_hat: Tensor | float = 1.0
-        if position == 1:
-            x_hat = (node._saved_input.detach() - node._saved_result1) * node._saved_result2
-        return _elementwise(operand, node, x_hat, batch)
-    if name == "NativeGroupNormBackward0":
-        x_hat = 1.0 if position == 2 else _group_normalised(node)
-        return _channelwise(operand, node, x_hat, batch)
-    if name == "NativeBatchNormBackward0" and not node._saved_training:
-        x_hat = 1.0 if position == 2 else _batch_normalised(node)
-        return _channelwise(operand, node, x_hat, batch)
-    if name == "ConvolutionBackward0":
-        return _channelwise(operand, node, 1.0, batch) if position == 2 else _convolution(operand, node, batch)
+    if name == "ConvolutionBackward0" and position != 2:
+        return _convolution(operand, node, batch)
     if name == "EmbeddingBackward0" and not node._saved_scale_grad_by_freq:
         return _embedding(operand, node, batch)
-    return None
+    factor = _factor(node, name, position)
+    if factor is None:
+        return None
+    channels = name in ("NativeGroupNormBackward0", "NativeBatchNormBackward0", "ConvolutionBackward0")
+    return (_channelwise if channels else _elementwise)(operand, node, factor, batch)
+
+
+def _factor(node: GraphNode, name: str, position: int) -> Tensor | float | None:
+    """What an operation multiplies its input by, element by element; None for one that is not known."""
+    if name == "AddmmBackward0" and position == 0:
+        return float(node._saved_beta)
+    if name in ("AddBackward0", "SubBackward0"):
+        sign = -1.0 if name == "SubBackward0" else 1.0
+        return 1.0 if position == 0 else sign * float(node._saved_alpha)
+    if name == "MulBackward0":
+        other: Tensor = node._saved_other if position == 0 else node._saved_self
+        return other.detach()
+    return _normalised(node, name, position)
+
+
+def _normalised(node: GraphNode, name: str, position: int) -> Tensor | float | None:
+    """The normalised input for the scale of a norm, 1 for a bias; None for another operation."""
+    if name == "NativeLayerNormBackward0":
+        if position != 1:
+            return 1.0
+        x_hat: Tensor = (node._saved_input.detach() - node._saved_result1) * node._saved_result2
+        return x_hat
+    if name == "NativeGroupNormBackward0":
+        return 1.0 if position == 2 else _group_normalised(node)
+    if name == "NativeBatchNormBackward0" and not node._saved_training:
+        return 1.0 if position == 2 else _batch_normalised(node)
+    return 1.0 if name == "ConvolutionBackward0" else None
 
 
 def _rows(delta: Tensor, batch: int, layout: Layout) -> Tensor | None:

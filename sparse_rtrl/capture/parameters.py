@@ -76,6 +76,20 @@ def _tensors_of(cell: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield f"{prefix}.{name}" if prefix else name, module, name
 
 
+def _shape_in_bank(name: str, shape: torch.Size, num_experts: int) -> torch.Size:
+    """Shape of one expert's part of a stacked parameter.
+
+    Raises:
+        ValueError: if it is not stacked over the experts.
+    """
+    if len(shape) == 0 or shape[0] != num_experts:
+        raise ValueError(
+            f"expert parameter {name} must have num_experts = {num_experts} as its first dimension,"
+            f" got shape {tuple(shape)}"
+        )
+    return shape[1:]
+
+
 @dataclass(frozen=True)
 class ParameterGroups:
     """The parameters that carry influence: the core group, and one group of equal layout per expert.
@@ -122,14 +136,11 @@ class ParameterGroups:
                 raise ValueError(f"the parametrization of {name} shares a part of its parameters with another tensor")
             (seen_parametrized if parametrized else seen).update(shared)
             shape = getattr(owner, attribute).shape
-            if expert and (len(shape) == 0 or shape[0] != cell.num_experts):
-                raise ValueError(
-                    f"expert parameter {name} must have num_experts = {cell.num_experts} as its first dimension,"
-                    f" got shape {tuple(shape)}"
-                )
+            if expert:
+                shape = _shape_in_bank(name, shape, cell.num_experts)
             group = experts if expert else core
             start = group[-1].columns.stop if group else 0
-            group.append(RecurrentParameter(name, owner, attribute, expert, shape[1:] if expert else shape, start))
+            group.append(RecurrentParameter(name, owner, attribute, expert, shape, start))
         return cls(core, experts, cell.num_experts if experts else 0)
 
     @property

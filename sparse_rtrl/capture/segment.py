@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -277,12 +277,8 @@ def _expert_factors(steps: Sequence[StepJacobian], deltas: list[Tensor], num_exp
     batch, device = deltas[0].shape[0], deltas[0].device
     stream_of = torch.arange(batch, device=device).unsqueeze(1)
     keys = [(stream_of * max(num_experts, 1) + step.routing.experts).flatten() for step in steps]
-    if len(steps) == 1:  # every pair once: nothing to join
-        out = GroupFactors(stream_of.expand_as(steps[0].routing.experts).flatten(), keys[0], [], [], [])
-        terms = steps[0].expert.terms
-        zs = [None if term.z is None else term.z.flatten(0, 1).unsqueeze(1) for term in terms]
-        _extend(out, terms, deltas[0].flatten(0, 1).unsqueeze(2), zs)
-        return out
+    if len(steps) == 1:
+        return _expert_factors_of_one(steps[0], deltas[0], stream_of, keys[0])
     pairs, place = torch.cat(keys).unique(return_inverse=True)
     counts = torch.tensor([len(key) for key in keys], device=device)
     step_of = torch.arange(len(steps), device=device).repeat_interleave(counts)
@@ -302,11 +298,29 @@ def _expert_factors(steps: Sequence[StepJacobian], deltas: list[Tensor], num_exp
         joined[place[chosen], nth_use[chosen]] = torch.cat([value.flatten(0, 1) for value in values])
         return joined
 
+    _extend_joined(out, steps, deltas, join)
+    return out
+
+
+def _expert_factors_of_one(step: StepJacobian, delta: Tensor, stream_of: Tensor, key: Tensor) -> GroupFactors:
+    """The same for one step, which uses every pair once: nothing to join."""
+    out = GroupFactors(stream_of.expand_as(step.routing.experts).flatten(), key, [], [], [])
+    zs = [None if term.z is None else term.z.flatten(0, 1).unsqueeze(1) for term in step.expert.terms]
+    _extend(out, step.expert.terms, delta.flatten(0, 1).unsqueeze(2), zs)
+    return out
+
+
+def _extend_joined(
+    out: GroupFactors,
+    steps: Sequence[StepJacobian],
+    deltas: list[Tensor],
+    join: Callable[[list[Tensor], list[int]], Tensor],
+) -> None:
+    """Add the experts' terms of steps; ``join`` puts values ``(B, k, ...)`` of some steps into ``(M, uses, ...)``."""
     for indices in _equal_layouts([step.expert.terms for step in steps]):
         joined = join([deltas[i] for i in indices], indices).transpose(1, 2)  # (M, w, uses, Σ)
         zs = [join(z, indices) if z else None for z in _inputs([steps[i].expert.terms for i in indices])]
         _extend(out, steps[indices[0]].expert.terms, joined, zs)
-    return out
 
 
 def _fixed_expert_factors(
@@ -335,10 +349,7 @@ def _fixed_expert_factors(
             joined[:, :, nth].scatter_(1, at.expand_as(value), value)
         return joined.flatten(0, 1)
 
-    for indices in _equal_layouts([step.expert.terms for step in steps]):
-        joined = join([deltas[i] for i in indices], indices).transpose(1, 2)  # (M, w, n, Σ)
-        zs = [join(z, indices) if z else None for z in _inputs([steps[i].expert.terms for i in indices])]
-        _extend(out, steps[indices[0]].expert.terms, joined, zs)
+    _extend_joined(out, steps, deltas, join)
     return out, pairs[:, count:].flatten()
 
 

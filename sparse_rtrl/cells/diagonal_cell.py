@@ -269,7 +269,7 @@ class DiagonalCell(nn.Module):
         return _apart(outputs, [before, after]).unflatten(0, (steps, states[0].shape[0]))
 
     def next_state(self, xs: Tensor, states: list[Tensor]) -> State:
-        """State ``(B, *state_shape)`` after ``xs (n, B, input_size)``, with the last input where the cell looks at it."""
+        """State ``(B, *state_shape)`` after ``xs (n, B, input_size)``, with the last input where the cell looks."""
         return (states[-1], xs[-1].clone()) if self.previous_input else states[-1]  # the caller may reuse the inputs
 
 

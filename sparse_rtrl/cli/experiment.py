@@ -140,6 +140,10 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not self.checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be positive, got {self.checkpoint_minutes}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse options that do not go together."""
         if self.influence_cap is not None and self.method != "rtrl":
             raise ValueError(f"influence_cap must be None for the method {self.method}, got {self.influence_cap}")
 

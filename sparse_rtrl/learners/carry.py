@@ -438,39 +438,25 @@ class Carry:
             else:
                 self._past.close(end, entry, graph, selected)
         except ContractError as error:
-            norms = [
-                name
-                for name, module in self.module.named_modules()
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-            ]
-            if isinstance(error, DisagreementError) or not norms:
+            if isinstance(error, DisagreementError) or not (norms := self._batch_norms()):
                 raise
-            raise ContractError(
-                [
-                    *error.violations,
-                    f"{', '.join(norms)} is a batch norm in training: put it into eval mode, or take a norm that works"
-                    " within a stream",
-                ]
-            ) from error
+            remedy = "put it into eval mode, or take a norm that works within a stream"
+            told = f"{', '.join(norms)} is a batch norm in training: {remedy}"
+            raise ContractError([*error.violations, told]) from error
         except RuntimeError as error:
-            if "second time" in str(error):
-                raise RuntimeError(
-                    "carry was called after backward, which frees the graph of the segment: call h = carry(h) right"
-                    " after the forward pass, before backward"
-                ) from error
-            if "modified by an inplace operation" in str(error):
-                raise RuntimeError(
-                    "a tensor of the segment's graph changed before carry was called: call h = carry(h) right after the"
-                    " forward pass, before the optimizer's step"
-                ) from error
-            if "donated buffers" in str(error):
-                raise RuntimeError(
-                    "a function that torch.compile made frees its buffers in its first backward pass, but carry needs"
-                    " several: set torch._functorch.config.donated_buffer = False before it is compiled"
-                ) from error
-            raise
+            if (explained := _explained(error)) is None:
+                raise
+            raise explained from error
         finally:
             self._capturing = False
+
+    def _batch_norms(self) -> list[str]:
+        """Names of the batch norms that are in training."""
+        return [
+            name
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        ]
 
     def _check_reached(self, graph: SegmentGraph) -> None:
         """Refuse what reaches the state and is carried by nobody: other tensors, and states of earlier segments."""
@@ -572,3 +558,28 @@ def _parameters_of(module: nn.Module) -> list[RecurrentParameter]:
 
 class _ComplexParameter(RecurrentParameter):
     """A complex parameter, carried as pairs of real numbers: its shape here ends in 2."""
+
+
+def _explained(error: RuntimeError) -> RuntimeError | None:
+    """What an error of autograd means for the loop; None if it means something else."""
+    for words, meaning in _MEANINGS.items():
+        if words in str(error):
+            return RuntimeError(meaning)
+    return None
+
+
+_MEANINGS = {
+    "second time": (
+        "carry was called after backward, which frees the graph of the segment: call h = carry(h) right after the"
+        " forward pass, before backward"
+    ),
+    "modified by an inplace operation": (
+        "a tensor of the segment's graph changed before carry was called: call h = carry(h) right after the forward"
+        " pass, before the optimizer's step"
+    ),
+    "donated buffers": (
+        "a function that torch.compile made frees its buffers in its first backward pass, but carry needs several: set"
+        " torch._functorch.config.donated_buffer = False before it is compiled"
+    ),
+}
+"""Words of autograd's errors, and what they mean here."""

@@ -92,16 +92,18 @@ def _tensors_of(owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         if any(f"{attribute}_{part}" in owner._parameters for part in ("orig", "g", "v")):
             continue  # a weight that weight_norm, spectral_norm or prune makes anew from its parameters
-        if isinstance(value, Tensor):
-            yield attribute, value
-        elif isinstance(value, (tuple, list, dict)):
-            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-                if isinstance(leaf, Tensor):
-                    yield attribute + pytree.keystr(path), leaf
-        elif hasattr(value, "__dict__") and not isinstance(value, _NO_HOLDERS):
-            for name, leaf in vars(value).items():
-                if isinstance(leaf, Tensor):
-                    yield f"{attribute}.{name}", leaf
+        yield from ((attribute + path, leaf) for path, leaf in _leaves(value) if isinstance(leaf, Tensor))
+
+
+def _leaves(value: Any) -> list[tuple[str, Any]]:
+    """What an attribute holds, by a path for each: itself, the leaves of a container, the attributes of an object."""
+    if isinstance(value, Tensor):
+        return [("", value)]
+    if isinstance(value, (tuple, list, dict)):
+        return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
+    if hasattr(value, "__dict__") and not isinstance(value, _NO_HOLDERS):
+        return [(f".{name}", leaf) for name, leaf in vars(value).items()]
+    return []
 
 
 def _is_part(tensor: Tensor, end: Tensor) -> bool:
