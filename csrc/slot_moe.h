@@ -69,6 +69,7 @@ template <typename T>
 struct SlotMoeForward {
   SlotMoeSizes sizes;
   SlotMoeWeights<T> weights;
+  bool least_used;       // written are the slots of smallest content, not those of largest importance
   int64_t steps;         // n
   const T* query_token;  // (n, B, 2 D): the linear map of the inputs
   T* state;              // (B, H), in place

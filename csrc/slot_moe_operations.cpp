@@ -159,7 +159,7 @@ struct Window {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> slot_moe_forward(Tensor state, Tensor query_token,
                                                             std::vector<Tensor> weights, int64_t heads, int64_t read,
-                                                            int64_t write, int64_t top_k) {
+                                                            int64_t write, int64_t top_k, bool least_used) {
   const CellTensors cell(weights, state.dim() == 3 ? state.size(0) : -1, 0, heads, read, write, top_k);
   const SlotMoeSizes& s = cell.sizes;
   const Tensor& like = cell.weights[0];
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slot_moe_forward(Tensor state, Tensor
   Tensor index = torch::stable::new_empty(like, {n, s.batch, s.indices()}, ScalarType::Long);
   for_scalar_type("state", state, [&](auto scalar) {
     using T = decltype(scalar);
-    kernels<T>().slot_moe_forward({s, cell.of<T>(), n, numbers<T>(query_token), writable<T>(new_state),
+    kernels<T>().slot_moe_forward({s, cell.of<T>(), least_used, n, numbers<T>(query_token), writable<T>(new_state),
                                    writable<T>(slots), writable<T>(saved), writable<int64_t>(index)},
                                   kThreads);
   });

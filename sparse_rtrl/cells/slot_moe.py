@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +90,11 @@ class SlotMoECell(SlotCell):
         h_i &\leftarrow (1 - g_i) \odot h_i + g_i \odot \tilde h_i \qquad \text{for } i \in write.
 
     Read are the slots with the largest scores ``q · k_i``, summed over the heads; written those with the largest
-    importance ``b · s_i``; active the experts with the largest ``r_e``, the last output of each expert: the row that
-    routes to an expert belongs to it, so the core does not grow with their number. Each score is also the soft weight
-    of what it selects, so selection trains. Sigmoid weights, unlike a softmax, train also when only one item is
-    selected. The piecewise linear gate can close completely, so that content survives any number of steps; a sigmoid
-    only gets small, and its leak empties a slot after some thousand steps.
+    importance ``b · s_i``, or the least used ones; active the experts with the largest ``r_e``, the last output of each
+    expert: the row that routes to an expert belongs to it, so the core does not grow with their number. Each score is
+    also the soft weight of what it selects, so selection trains. Sigmoid weights, unlike a softmax, train also when
+    only one item is selected. The piecewise linear gate can close completely, so that content survives any number of
+    steps; a sigmoid only gets small, and its leak empties a slot after some thousand steps.
 
     Args:
         input_size: size of the input of a step.
@@ -107,6 +108,10 @@ class SlotMoECell(SlotCell):
         num_heads: attention heads; must divide ``slot_size``.
         gate_bias: initial bias of ``a``; the more negative, the longer an untrained cell remembers. At or below -1 the
             gates of an untrained cell are closed and do not train.
+        write_to: ``"important"`` writes the slots of largest importance, so that what is stored decides where it goes
+            and two things may get the same slot; ``"least_used"`` those whose content is smallest (allocation, Graves
+            et al. 2016), so that every new thing gets a slot of its own. Take it with ``write_slots=1`` and
+            ``read_slots=num_slots`` where many things are stored and found again by what they hold.
 
     Raises:
         ValueError: if the sizes do not fit together.
@@ -124,8 +129,11 @@ class SlotMoECell(SlotCell):
         output_size: int,
         num_heads: int = 4,
         gate_bias: float = -0.5,
+        write_to: Literal["important", "least_used"] = "important",
     ) -> None:
         super().__init__(num_slots, slot_size, num_experts)
+        if write_to not in ("important", "least_used"):
+            raise ValueError(f"write_to must be 'important' or 'least_used', got {write_to!r}")
         check_sizes(
             input_size=input_size,
             num_slots=num_slots,
@@ -143,6 +151,7 @@ class SlotMoECell(SlotCell):
         self.read_slots = read_slots
         self.write_slots = write_slots
         self.num_heads = num_heads
+        self.write_to = write_to
 
         self.slot_table = nn.Parameter(torch.randn(num_slots, slot_size))
         self.query_token = nn.Linear(input_size, 2 * slot_size)
@@ -159,7 +168,8 @@ class SlotMoECell(SlotCell):
         """Sizes of the cell, for ``print``."""
         return (
             f"num_slots={self.num_slots}, slot_size={self.slot_size}, top_k={self.top_k}, "
-            f"read_slots={self.read_slots}, write_slots={self.write_slots}, num_heads={self.num_heads}"
+            f"read_slots={self.read_slots}, write_slots={self.write_slots}, num_heads={self.num_heads}, "
+            f"write_to={self.write_to}"
         )
 
     def fused_pass(self) -> SlotMoEPass | None:
@@ -190,12 +200,12 @@ class SlotMoECell(SlotCell):
         write_query = self.control(mixed)[:, self.slot_size :]
         assert self.experts.bias is not None
         logits = F.linear(mixed, self.experts.weight[:, -1], self.experts.bias[:, -1])  # (B, E)
-        importance = torch.matmul(slots, write_query.unsqueeze(-1)).squeeze(-1)  # (B, S)
-        return Routing(
-            read,
-            importance.topk(self.write_slots, dim=1).indices,
-            logits.topk(self.top_k, dim=1).indices,
-        )
+        if self.write_to == "least_used":
+            write = state.square().sum(-1).argsort(dim=1, stable=True)[:, : self.write_slots]
+        else:
+            importance = torch.matmul(slots, write_query.unsqueeze(-1)).squeeze(-1)  # (B, S)
+            write = importance.topk(self.write_slots, dim=1).indices
+        return Routing(read, write, logits.topk(self.top_k, dim=1).indices)
 
     def transition(self, x: Tensor, h_read: Tensor, h_write: Tensor, routing: Routing) -> Tensor:
         """New content of the written slots, ``(B, kw, D)``; see the class docstring and :meth:`update`."""

@@ -68,7 +68,7 @@ class SlotMoEPass(FusedPass):
         """See :meth:`FusedPass.forward`."""
         query_token = F.linear(xs, tensors["query_token.weight"], tensors["query_token.bias"])
         found: tuple[Tensor, Tensor, Tensor, Tensor] = dispatch.slot_moe_forward(
-            state.contiguous(), query_token, self.weights(tensors), *self.sizes
+            state.contiguous(), query_token, self.weights(tensors), *self.sizes, self.cell.write_to == "least_used"
         )
         return found
 

@@ -21,9 +21,18 @@ SIZES = {
     "odd": {"slot_size": 5, "num_slots": 6, "num_experts": 8, "top_k": 2, "read_slots": 2, "write_slots": 2},
     "heads": {"slot_size": 12, "num_slots": 4, "num_experts": 3, "top_k": 1, "read_slots": 2, "write_slots": 1},
     "wide": {"slot_size": 33, "num_slots": 3, "num_experts": 3, "top_k": 3, "read_slots": 1, "write_slots": 3},
+    "least used": {
+        "slot_size": 8,
+        "num_slots": 5,
+        "num_experts": 4,
+        "top_k": 2,
+        "read_slots": 5,
+        "write_slots": 1,
+        "write_to": "least_used",
+    },
     "single": {"slot_size": 16, "num_slots": 1, "num_experts": 1, "top_k": 1, "read_slots": 1, "write_slots": 1},
 }
-HEADS = {"odd": 1, "heads": 4, "wide": 3, "single": 2}
+HEADS = {"odd": 1, "heads": 4, "wide": 3, "least used": 4, "single": 2}
 
 
 def make_cell(name: str, dtype: torch.dtype = torch.float64) -> SlotMoECell:
