@@ -74,7 +74,7 @@ class OutputAttention(nn.Module):
         return torch.matmul(scores.softmax(1).transpose(1, 2), value).squeeze(1) + skip
 
 
-@register_cell("slot-moe")
+@register_cell("slot-moe", options=("write_to",))
 class SlotMoECell(SlotCell):
     r"""Gated orthogonal highway cell with slot memory and a sparse mixture of experts.
 

@@ -111,7 +111,16 @@ TokenShift = Annotated[
     bool,
     typer.Option(
         "--token-shift",
-        help="Retention: keys come from the previous input, so that it remembers which input followed which.",
+        help="Show the input of the step before as well, so that a cell remembers which input followed which; "
+        "retention takes it for its keys.",
+        rich_help_panel=_CELL,
+    ),
+]
+WriteTo = Annotated[
+    str | None,
+    typer.Option(
+        help="Cell slot-moe: important or least_used slots are written; least_used with one written slot and all read "
+        "keeps many things apart.",
         rich_help_panel=_CELL,
     ),
 ]
@@ -188,6 +197,8 @@ def _config(values: dict[str, Any]) -> RunConfig:
         settings["clip_norm"] = None
     if cell is not None:
         settings["cell_options"] = _cell_options(cell, values)
+        if "token_shift" in CELLS[cell].options:
+            settings["token_shift"] = False
     if task in CORPORA:
         settings |= {"start_length": None, "eval_lengths": ()}
     elif values.get("start_length", 0) is None:
@@ -224,6 +235,8 @@ def _cell_options(cell: str, values: dict[str, Any]) -> dict[str, Any]:
     """
     every = {option for ready in CELLS.values() for option in ready.options}
     given = {option: values[option] for option in sorted(every) if values.get(option) not in (None, False)}
+    if "token_shift" not in CELLS[cell].options:
+        given.pop("token_shift", None)  # the stream does it
     for option in given:
         if option not in CELLS[cell].options:
             named = option.replace("_", "-")
@@ -265,6 +278,7 @@ def train(
     write_slots: WriteSlots = 2,
     token_shift: TokenShift = False,
     decay: Decay = None,
+    write_to: WriteTo = None,
     task: Annotated[
         TrainingData,
         typer.Option(
@@ -472,6 +486,7 @@ def compare_trials(
     write_slots: WriteSlots = 2,
     token_shift: TokenShift = False,
     decay: Decay = None,
+    write_to: WriteTo = None,
     task: TaskChoice = "haystack",
     length: Annotated[
         list[int] | None,

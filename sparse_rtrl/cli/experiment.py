@@ -29,7 +29,7 @@ from sparse_rtrl.training.corpora import CORPORA, Corpus
 from sparse_rtrl.training.evaluation import Accuracy, evaluate
 from sparse_rtrl.training.gradient_method import GradientMethod, SparseRTRL
 from sparse_rtrl.training.lyapunov import LyapunovRegularizer
-from sparse_rtrl.training.streams import CorpusStream
+from sparse_rtrl.training.streams import CorpusStream, TokenShift
 from sparse_rtrl.training.tasks import TASKS, Curriculum, Stream, Task
 from sparse_rtrl.training.trainer import Progress, Trainer, train
 
@@ -54,6 +54,8 @@ class RunConfig:
         cell_options: further arguments of the cell.
         task: one of ``TASKS``, or of :data:`CORPORA` to predict the next symbol of real data.
         task_options: further arguments of the task.
+        token_shift: give the model the input of the step before as well, see
+            :class:`~sparse_rtrl.training.streams.TokenShift`.
         corpus: file or folder of a corpus; None for the standard library's source if ``task`` is ``bytes``.
         reset_at_borders: see :class:`~sparse_rtrl.training.streams.CorpusStream`.
         length: length of the sequences at the end of the training; of a corpus, steps per update.
@@ -96,6 +98,7 @@ class RunConfig:
     cell_options: dict[str, Any] = field(default_factory=dict)
     task: str = "haystack"
     task_options: dict[str, Any] = field(default_factory=dict)
+    token_shift: bool = False
     corpus: str | None = None
     reset_at_borders: bool = False
     length: int = 128
@@ -171,24 +174,42 @@ def build_task(config: RunConfig, length: int, batch_size: int, seed: int) -> Ta
     return TASKS[config.task](length, batch_size, seed=seed, **config.task_options)
 
 
+def shifted(config: RunConfig, stream: Stream) -> Stream:
+    """A stream as the model of a run sees it."""
+    return TokenShift(stream) if config.token_shift else stream
+
+
 def build_stream(config: RunConfig) -> Stream:
     """What a run trains on: its corpus, or the sequences of its task, under a curriculum if the run has one."""
     if config.task in CORPORA:
         corpus = CORPORA[config.task].find(None if config.corpus is None else Path(config.corpus))
-        return CorpusStream(corpus, config.batch_size, config.length, config.reset_at_borders)
+        return shifted(config, CorpusStream(corpus, config.batch_size, config.length, config.reset_at_borders))
     start = config.length if config.start_length is None else config.start_length
     task = build_task(config, config.length, config.batch_size, config.seed)
     updates = config.curriculum_updates or config.updates
-    return Curriculum(task, start, config.length, updates, config.curriculum_shape)
+    return shifted(config, Curriculum(task, start, config.length, updates, config.curriculum_shape))
 
 
-def build_cell(config: RunConfig, task: Task | type[Corpus]) -> SlotCell | DiagonalCell:
+@dataclass(frozen=True)
+class Ends:
+    """Sizes that a model takes from what it is trained on.
+
+    Attributes:
+        input_size: of a step's input.
+        output_size: number of classes.
+    """
+
+    input_size: int
+    output_size: int
+
+
+def build_cell(config: RunConfig, ends: Ends) -> SlotCell | DiagonalCell:
     """The cell of a run.
 
     A diagonal one has ``num_slots * slot_size`` units or channels, retention ``num_slots`` heads of ``slot_size``.
     """
     sizes = CellSizes(*(getattr(config, size.name) for size in fields(CellSizes)))
-    return CELLS[config.cell].build(task.input_size, task.output_size, sizes, **config.cell_options)
+    return CELLS[config.cell].build(ends.input_size, ends.output_size, sizes, **config.cell_options)
 
 
 def _lyapunov(config: RunConfig, cell: SlotCell | DiagonalCell) -> LyapunovRegularizer | None:
@@ -204,36 +225,36 @@ def _slot_cells() -> str:
     return f"the cells {', '.join(name for name, cell in CELLS.items() if issubclass(cell.kind, SlotCell))}"
 
 
-def _sparse_rtrl(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
-    cell = build_cell(config, task)
+def _sparse_rtrl(config: RunConfig, ends: Ends) -> GradientMethod:
+    cell = build_cell(config, ends)
     lyapunov = _lyapunov(config, cell)
     options = (config.segment, config.buffer, config.commit_every, config.catch_up, config.influence_cap)
     return SparseRTRL(cell, config.batch_size, *options, lyapunov)
 
 
-def _bptt(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
-    cell = build_cell(config, task)
+def _bptt(config: RunConfig, ends: Ends) -> GradientMethod:
+    cell = build_cell(config, ends)
     return BPTT(cell, _lyapunov(config, cell))
 
 
-def _tbptt(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
-    cell = build_cell(config, task)
+def _tbptt(config: RunConfig, ends: Ends) -> GradientMethod:
+    cell = build_cell(config, ends)
     return TBPTT(cell, config.segment, _lyapunov(config, cell))
 
 
-def _jacrev(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
-    cell = build_cell(config, task)
+def _jacrev(config: RunConfig, ends: Ends) -> GradientMethod:
+    cell = build_cell(config, ends)
     if not isinstance(cell, SlotCell):
         raise ValueError(f"method jacrev is for {_slot_cells()}, got cell {config.cell}")
     return DenseJacobianRTRL(cell)
 
 
-def _network(kind: Literal["gru", "rnn"]) -> Callable[[RunConfig, Task | type[Corpus]], GradientMethod]:
+def _network(kind: Literal["gru", "rnn"]) -> Callable[[RunConfig, Ends], GradientMethod]:
     """A plain network with as many units as the cell's state has entries."""
 
-    def build(config: RunConfig, task: Task | type[Corpus]) -> GradientMethod:
+    def build(config: RunConfig, ends: Ends) -> GradientMethod:
         hidden_size = config.num_slots * config.slot_size
-        return BPTT(RecurrentNetwork(kind, task.input_size, hidden_size, task.output_size))
+        return BPTT(RecurrentNetwork(kind, ends.input_size, hidden_size, ends.output_size))
 
     return build
 
@@ -245,13 +266,13 @@ class Method:
     Attributes:
         meaning: what it is, in a few words.
         label: its name in tables and plots; ``{segment}`` stands for the steps of a segment.
-        build: makes it for a run and what the run trains on, with freshly drawn parameters.
+        build: makes it for a run and the sizes of what it trains on, with freshly drawn parameters.
         regularized: whether it takes a Lyapunov regularizer.
     """
 
     meaning: str
     label: str
-    build: Callable[[RunConfig, Task | type[Corpus]], GradientMethod]
+    build: Callable[[RunConfig, Ends], GradientMethod]
     regularized: bool = False
 
 
@@ -269,9 +290,13 @@ METHODS = {
 def build_method(config: RunConfig) -> GradientMethod:
     """The model of a run, freshly initialised from its seed, and the way to its gradient."""
     torch.manual_seed(config.seed)
+    data: Task | type[Corpus]
     if config.task in CORPORA:
-        return METHODS[config.method].build(config, CORPORA[config.task].kind)
-    return METHODS[config.method].build(config, build_task(config, config.length, config.batch_size, config.seed))
+        data = CORPORA[config.task].kind
+    else:
+        data = build_task(config, config.length, config.batch_size, config.seed)
+    ends = Ends(data.input_size * (2 if config.token_shift else 1), data.output_size)
+    return METHODS[config.method].build(config, ends)
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -295,7 +320,8 @@ def build_evaluation_task(config: RunConfig, length: int) -> Task:
 
 def evaluate_at(config: RunConfig, trainer: Trainer, length: int) -> Accuracy:
     """Accuracy on fresh sequences of one length; every method of a seed gets the same sequences."""
-    return evaluate(trainer.method.model, build_evaluation_task(config, length), config.eval_sequences)
+    stream = shifted(config, build_evaluation_task(config, length))
+    return evaluate(trainer.method.model, stream, config.eval_sequences)
 
 
 def chance(config: RunConfig, length: int) -> float:
@@ -330,17 +356,17 @@ def probe(config: RunConfig, length: int, updates: int = 2, repeats: int = 5) ->
     config = replace(config, length=length, start_length=None)
     shortest = build_task(config, length, 1, 0).min_length
     rehearsal = replace(config, batch_size=1, length=shortest)
-    build_trainer(rehearsal).train_batch(build_task(rehearsal, shortest, 1, 0).sample())
+    build_trainer(rehearsal).train_batch(next(iter(shifted(config, build_task(rehearsal, shortest, 1, 0)))))
     kept: dict[str, Trainer] = {}
 
     def first_updates() -> None:
         kept["trainer"] = build_trainer(config)
-        task = build_task(config, length, config.batch_size, config.seed)
+        stream = iter(shifted(config, build_task(config, length, config.batch_size, config.seed)))
         for _ in range(updates):
-            kept["trainer"].train_batch(task.sample())
+            kept["trainer"].train_batch(next(stream))
 
     peak = peak_growth(first_updates)
-    batch = build_task(config, length, config.batch_size, config.seed + 1).sample()
+    batch = next(iter(shifted(config, build_task(config, length, config.batch_size, config.seed + 1))))
     seconds = median_seconds(lambda: kept["trainer"].train_batch(batch), repeats, warm_ups=0)
     return Probe(length, peak, seconds / (length * config.batch_size))
 

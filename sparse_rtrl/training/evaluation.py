@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_rtrl.training.gradient_method import RecurrentModel, Tally, answer_loss, unroll
-from sparse_rtrl.training.tasks import Task
+from sparse_rtrl.training.tasks import Stream
 
 _TOGETHER = 2**14
 """Steps of streams that are run in one piece: what a model keeps of them does not grow with the length."""
@@ -61,12 +61,12 @@ def wilson_interval(share: float, trials: int, z: float = 1.959964) -> tuple[flo
 
 
 @torch.no_grad()
-def evaluate(model: RecurrentModel, task: Task, num_sequences: int) -> Accuracy:
+def evaluate(model: RecurrentModel, task: Stream, num_sequences: int) -> Accuracy:
     """Accuracy of a model on the next ``num_sequences`` sequences of a task, run with the plain forward pass.
 
     Args:
         model: what answers.
-        task: where the sequences come from; give it another seed than the training task.
+        task: where the sequences come from, whole ones in each batch; give it another seed than the training task.
         num_sequences: how many sequences to answer.
 
     Returns:
@@ -74,9 +74,9 @@ def evaluate(model: RecurrentModel, task: Task, num_sequences: int) -> Accuracy:
     """
     if num_sequences < 1:
         raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
-    total, done = Tally(), 0
+    total, done, batches = Tally(), 0, iter(task)
     while done < num_sequences:
-        batch = task.sample()
+        batch = next(batches)
         take = min(task.batch_size, num_sequences - done)
         state, steps = model.initial_state(take), max(1, _TOGETHER // take)
         for x, target in zip(batch.x[:, :take].split(steps), batch.target[:, :take].split(steps), strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_rtrl.training.corpora import Corpus
-from sparse_rtrl.training.tasks import IGNORE, Batch, Task
+from sparse_rtrl.training.tasks import IGNORE, Batch, Stream, Task
 
 
 def _require_at_least_one(**values: int) -> None:
@@ -210,3 +210,63 @@ class TaskStream:
         self.task.generator.set_state(state["generator"])
         self._step = state["step"]
         self._begun = {name: value.clone() for name, value in state["begun"].items()}
+
+
+class TokenShift:
+    """A stream whose inputs hold the input before as well, ``[x_t, x_{t-1}]``; zeros before the start of a sequence.
+
+    A cell then sees at one step what followed what, such as a value and its key. What is shifted has no parameters, so
+    nothing changes for a gradient.
+
+    Args:
+        stream: a task, a curriculum or a corpus.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._last: Tensor | None = None
+        """Inputs of the last step of the last batch, ``(B, input_size)``."""
+
+    @property
+    def input_size(self) -> int:
+        """Twice that of the stream."""
+        return 2 * self.stream.input_size
+
+    @property
+    def output_size(self) -> int:
+        """That of the stream."""
+        return self.stream.output_size
+
+    @property
+    def batch_size(self) -> int:
+        """That of the stream."""
+        return self.stream.batch_size
+
+    @property
+    def chance(self) -> float:
+        """That of the stream."""
+        return self.stream.chance
+
+    def sample(self) -> Batch:
+        """Draw the next batch."""
+        batch = next(iter(self.stream))
+        if self._last is None or batch.reset is None:
+            first = torch.zeros_like(batch.x[0])
+        else:
+            first = self._last.masked_fill(batch.reset.unsqueeze(1), 0.0)
+        self._last = batch.x[-1]
+        before = torch.cat((first.unsqueeze(0), batch.x[:-1]))
+        return Batch(torch.cat((batch.x, before), -1), batch.target, batch.reset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, and its last inputs."""
+        return {"stream": self.stream.state_dict(), "last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.stream.load_state_dict(state["stream"])
+        self._last = state["last"]

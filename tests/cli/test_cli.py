@@ -75,9 +75,21 @@ def test_options_of_retention_and_of_the_influence(tmp_path):
     assert json.loads((tmp_path / "three" / "config.json").read_text())["commit_every"] == 3
     output = invoke("train", *TINY, "--commit-every", "0", "--runs", tmp_path, status=2)
     assert "--commit-every must be auto or a number of at least 1, got 0" in output
-    for option, value in (("--token-shift", []), ("--decay", [0.5])):
-        output = invoke("train", "--cell", "lru", option, *value, "--runs", tmp_path, status=2)
-        assert f"{option} is for the cell retention, got cell lru" in output
+    for option, value, cell in (("--decay", 0.5, "retention"), ("--write-to", "least_used", "slot-moe")):
+        output = invoke("train", "--cell", "lru", option, value, "--runs", tmp_path, status=2)
+        assert f"{option} is for the cell {cell}, got cell lru" in output
+
+
+def test_the_slot_cell_remembers_pairs(tmp_path):
+    options = ["--task", "recall", "--pairs", 2, "--segment", 4, "--length", 24, "--batch-size", 32, "--updates", 300]
+    options += ["--token-shift", "--write-to", "least_used", "--write-slots", 1, "--read-slots", 4]
+    invoke("train", *options, "--eval-sequences", 100, "--runs", tmp_path, "--name", "it")
+    accuracy = json.loads((tmp_path / "it" / "results.json").read_text())["accuracy"]["24"]
+    assert accuracy["value"] > 0.95
+    config = json.loads((tmp_path / "it" / "config.json").read_text())
+    assert config["cell_options"] == {"write_to": "least_used"} and config["token_shift"]
+    output = invoke("train", "--write-to", "anywhere", "--runs", tmp_path, status=2)
+    assert "write_to must be 'important' or 'least_used', got 'anywhere'" in output
 
 
 def test_train_on_real_data_and_resume(tmp_path):

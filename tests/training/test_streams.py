@@ -12,7 +12,7 @@ import torch
 
 from sparse_rtrl.training import corpora
 from sparse_rtrl.training.corpora import ByteCorpus, FastaCorpus, byte_corpus, fasta_corpus, files_under
-from sparse_rtrl.training.streams import CorpusStream, TaskStream
+from sparse_rtrl.training.streams import CorpusStream, TaskStream, TokenShift
 from sparse_rtrl.training.tasks import IGNORE, AnBn, Copy, Haystack
 
 
@@ -288,3 +288,32 @@ def test_chance_is_the_most_frequent_answer(tmp_path):
     bases = fasta_corpus(write(tmp_path, b_fa=b">r\nNNNNNCCG") / "b.fa")
     assert CorpusStream(bases, 1, 1).chance == pytest.approx(2 / 3)
     assert np.dtype(byte_corpus(tmp_path / "a").read(0, 2).dtype) == np.uint8
+
+
+@pytest.mark.parametrize("kind", ["corpus", "task"])
+def test_token_shift_shows_the_input_before(tmp_path, kind):
+    def source():
+        if kind == "task":
+            return Haystack(12, 3)
+        return CorpusStream(byte_corpus(write(tmp_path / "it", a="abcde", b="fgh", c="ijklm")), 2, 3, True)
+
+    plain, shifted = iter(source()), TokenShift(source())
+    batches = iter(shifted)
+    assert shifted.input_size == 2 * source().input_size and shifted.chance == source().chance
+    last, ends, starts = None, 0, 0
+    for number in range(9):
+        expected, found = next(plain), next(batches)
+        x, before = found.x.chunk(2, -1)
+        assert torch.equal(x, expected.x) and torch.equal(found.target, expected.target)
+        assert torch.equal(before[1:], x[:-1])
+        fresh = expected.reset if expected.reset is not None else torch.ones(len(x[0]), dtype=torch.bool)
+        assert not before[0, fresh].any()
+        if last is not None:
+            assert torch.equal(before[0, ~fresh], last[~fresh])
+        last, ends, starts = x[-1], ends + int((~fresh).sum()), starts + int(fresh.sum())
+        if number == 4:
+            other = TokenShift(source())
+            other.load_state_dict(shifted.state_dict())
+            batches = iter(other)
+            shifted = other
+    assert starts and (ends or kind == "task")
