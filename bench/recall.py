@@ -1,15 +1,15 @@
 """Multi-query associative recall: pairs of keys and values among distractors, asked for long after they were shown.
 
-``python bench/recall.py --methods retention-rtrl retention-tbptt --out FILE`` and ``--methods slots-rtrl slots-tbptt
-gru-bptt --pairs 4 --out FILE``; both results are in ``bench/results/recall.json``. Every sequence shows pairs of a key
-and a value, then asks for all of them in another order; a segment and more of distractors lie between. Trained on short
-sequences by ``sparse-rtrl train``, scored on 1,000 fresh ones of 512 and 4,096 steps. The cells:
+``python bench/recall.py --out bench/results/recall.json``. Every sequence shows pairs of a key and a value, then asks
+for all of them in another order; a segment and more of distractors lie between. All methods see every input beside the
+one before (token shift) and train on the same number of sequences, whose length grows to ``--length``, by
+``sparse-rtrl train``; they are scored on 1,000 fresh ones of 512 and 4,096 steps:
 
-- *slots*: the slot cell, by sparse RTRL and by truncated BPTT with the same segments of 8 steps (the influence is moved
-  every 32 steps, the cheapest here, which changes nothing in the gradient);
-- *gru*: a GRU of as many state entries, by BPTT through the whole sequence;
-- *retention*: linear attention with token shift, which stores pairs of consecutive inputs by its making. Even random
-  keys and values are a memory, so that truncated BPTT, whose gradient does not reach what was stored, can do well too.
+- *slots*: the slot cell with as many slots as keys, which writes the least used slot and reads all, by sparse RTRL in
+  segments of 8 steps (the influence is moved every ``--commit-every`` steps, which changes nothing in the gradient) and
+  by truncated BPTT with the same segments; *slots-important* writes slots by importance instead;
+- *retention*, *lru*, *gru*: linear attention, a linear recurrent unit and a GRU of as many state entries, by BPTT
+  through the whole sequence. Retention takes the shift in its keys.
 
 Chance is one in four. A model that knows which values were shown, but not to which key each belongs, gets 0.53 with
 four pairs: the expected share of the value shown most often. Called again, the script goes on where it was stopped.
@@ -24,37 +24,40 @@ from pathlib import Path
 
 from training_runs import accuracy_of, save, train
 
+SLOTS = {"write-slots": 1, "num-experts": 2, "top-k": 1, "write-to": "least_used"}
 METHODS = {
-    "slots-rtrl": {"method": "rtrl", "commit-every": "auto"},
-    "slots-tbptt": {"method": "tbptt"},
+    "slots-rtrl": {"method": "rtrl", **SLOTS},
+    "slots-tbptt": {"method": "tbptt", **SLOTS},
+    "slots-important-rtrl": {"method": "rtrl", "num-experts": 2, "top-k": 1},
+    "retention-bptt": {"method": "bptt", "cell": "retention", "decay": 1.0},
+    "lru-bptt": {"method": "bptt", "cell": "lru"},
     "gru-bptt": {"method": "gru-bptt"},
-    "retention-rtrl": {"method": "rtrl", "cell": "retention", "decay": 1.0, "token-shift": True},
-    "retention-tbptt": {"method": "tbptt", "cell": "retention", "decay": 1.0, "token-shift": True},
 }
 
 
 def settings_of(name: str, pairs: int, seed: int, options: argparse.Namespace) -> dict[str, object]:
     """Options of ``sparse-rtrl train`` for one run."""
-    shortest = 4 * pairs + options.segment + 1
+    slots = options.num_slots or 2 * pairs
     settings: dict[str, object] = {"task": "recall", "pairs": pairs, "seed": seed, "segment": options.segment}
-    if name.startswith("retention"):  # a step costs little: longer sequences, on which noise in the keys adds up
-        slots, updates, length, batch = 4, options.retention_updates, 4 * shortest, 16
-    else:
-        slots, updates, length, batch = 2 * pairs, options.updates, round(1.6 * shortest), 32
-    settings |= {"num-slots": slots, "read-slots": slots // 2, "write-slots": slots // 2, "slot-size": 16}
-    settings |= {"length": length, "batch-size": batch}
-    settings |= {"updates": updates, "curriculum-updates": max(1, round(0.8 * updates))}
+    settings |= {"num-slots": slots, "read-slots": slots, "write-slots": slots // 2, "slot-size": 16}
+    settings |= {"length": options.length, "batch-size": options.batch, "token-shift": True}
+    settings |= {"updates": options.updates, "curriculum-updates": max(1, round(0.8 * options.updates))}
+    if METHODS[name]["method"] == "rtrl":
+        settings["commit-every"] = options.commit_every
     return settings | METHODS[name] | {"eval-sequences": options.sequences, "evaluate-at": options.evaluate_at}
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--segment", type=int, default=8)
-    parser.add_argument("--updates", type=int, default=1500)
-    parser.add_argument("--retention-updates", type=int, default=400)
+    parser.add_argument("--commit-every", default="auto")
+    parser.add_argument("--num-slots", type=int, help="two for each pair if absent")
+    parser.add_argument("--length", type=int, default=128, help="steps of the longest sequences trained on")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--evaluate-at", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--sequences", type=int, default=1000, help="of each of these lengths")
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="trainings at a time")
