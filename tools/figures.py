@@ -273,11 +273,12 @@ def haystack() -> str:
 def recall() -> str:
     """Associative recall by method, pairs and length."""
     labels = {
-        "retention-rtrl": "retention with token shift, RTRL",
-        "retention-tbptt": "the same, truncated BPTT",
-        "slots-rtrl": "slot cell, RTRL",
+        "slots-rtrl": "slot cell, least used slots written, RTRL",
         "slots-tbptt": "the same, truncated BPTT",
-        "gru-bptt": "GRU, BPTT through the whole sequence",
+        "slots-important-rtrl": "slot cell, important slots written, RTRL",
+        "retention-bptt": "retention, BPTT through the whole sequence",
+        "lru-bptt": "LRU, likewise",
+        "gru-bptt": "GRU, likewise",
     }
     runs = load("recall.json")["runs"]
     rows = []

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from sparse_rtrl.cli import run_plots
+from sparse_rtrl.cli.slot_picture import plot_slots, trace_slots
 from sparse_rtrl.training.runlog import read_lines
 
 SETTLED = 10_000
@@ -108,6 +109,16 @@ def _row(run: LoggedRun) -> dict[str, str]:
     return row
 
 
+def _slots(run: LoggedRun, folder: Path) -> Figure | None:
+    """The slots of a run over one sequence; None, with a note if there should be one, where there is none."""
+    try:
+        trace = trace_slots(folder, run.config)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        run.notes.append(f"its slots were not drawn: {error}")
+        return None
+    return None if trace is None else plot_slots(trace, run.name)
+
+
 def _unique(names: list[str]) -> list[str]:
     """The names, with a number where one comes again."""
     seen: Counter[str] = Counter()
@@ -158,6 +169,7 @@ def write_report(folders: list[Path], out: Path) -> Path:
             (m.title, embed(run_plots.plot_heat_map(run.metrics, m), f"{m.name}-{number}-{run.name}"))
             for m in run_plots.HEAT_MAPS
         ]
+        maps.append(("Slots over one sequence", embed(_slots(run, folders[number - 1]), f"slots-{number}-{run.name}")))
         events = [_event_text(event) for event in run.events if event["event"] != "checkpoint"]
         sections.append(
             {
