@@ -7,7 +7,9 @@ one before (token shift) and train on the same number of sequences, whose length
 
 - *slots*: the slot cell with as many slots as keys, which writes the least used slot and reads all, by sparse RTRL in
   segments of 8 steps (the influence is moved every ``--commit-every`` steps, which changes nothing in the gradient) and
-  by truncated BPTT with the same segments; *slots-important* writes slots by importance instead;
+  by truncated BPTT with the same segments;
+- *without allocation* (slots written by importance, half of them at a step), *without all reads* (half of the slots
+  are read), *without shift*: the same slot cell with one thing changed, by BPTT, whose gradient is that of RTRL;
 - *retention*, *lru*, *gru*: linear attention, a linear recurrent unit and a GRU of as many state entries, by BPTT
   through the whole sequence. Retention takes the shift in its keys.
 
@@ -18,17 +20,23 @@ four pairs: the expected share of the value shown most often. Called again, the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from training_runs import accuracy_of, save, train
+
+from sparse_rtrl.cli.slot_picture import trace_slots
 
 SLOTS = {"write-slots": 1, "num-experts": 2, "top-k": 1, "write-to": "least_used"}
 METHODS = {
     "slots-rtrl": {"method": "rtrl", **SLOTS},
     "slots-tbptt": {"method": "tbptt", **SLOTS},
-    "slots-important-rtrl": {"method": "rtrl", "num-experts": 2, "top-k": 1},
+    "slots-without-allocation": {"method": "bptt", "num-experts": 2, "top-k": 1},
+    "slots-without-all-reads": {"method": "bptt", **SLOTS, "read-slots": 0.5},
+    "slots-without-shift": {"method": "bptt", **SLOTS, "token-shift": False},
     "retention-bptt": {"method": "bptt", "cell": "retention", "decay": 1.0},
     "lru-bptt": {"method": "bptt", "cell": "lru"},
     "gru-bptt": {"method": "gru-bptt"},
@@ -44,7 +52,12 @@ def settings_of(name: str, pairs: int, seed: int, options: argparse.Namespace) -
     settings |= {"updates": options.updates, "curriculum-updates": max(1, round(0.8 * options.updates))}
     if METHODS[name]["method"] == "rtrl":
         settings["commit-every"] = options.commit_every
-    return settings | METHODS[name] | {"eval-sequences": options.sequences, "evaluate-at": options.evaluate_at}
+    settings |= METHODS[name]
+    if settings["read-slots"] == 0.5:
+        settings["read-slots"] = slots // 2
+    if not settings["token-shift"]:
+        del settings["token-shift"]
+    return settings | {"eval-sequences": options.sequences, "evaluate-at": options.evaluate_at}
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -63,6 +76,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="trainings at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/recall"), help="folder of the runs")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--trace", type=Path, help="JSON file: what the slots of the first run do over one sequence")
     options = parser.parse_args(arguments)
     runs: list[dict] = []
 
@@ -80,6 +94,11 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             print(f"{pairs} pairs, {name:15} seed {seed}: {told}", flush=True)
             if options.out:  # after every run, so that nothing is lost
                 save(options.out, options, runs)
+    if options.trace:
+        folder = options.runs / "{}-{}-{}".format(*wanted[0])
+        trace = trace_slots(folder, json.loads((folder / "config.json").read_text()))
+        content = {name: value.tolist() for name, value in asdict(trace).items()}
+        options.trace.write_text(json.dumps({"run": folder.name, "commit": runs[0]["commit"], **content}) + "\n")
     return runs
 
 

@@ -156,10 +156,13 @@ def test_recall(tmp_path):
     arguments = ["--methods", "slots-rtrl", "slots-tbptt", "--pairs", "2", "--seeds", "1", "--updates", "250"]
     arguments += ["--length", "24", "--evaluate-at", "30", "--sequences", "50", "--commit-every", "32"]
     arguments += ["--parallel", "1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "recall.json")]
+    arguments += ["--trace", str(tmp_path / "trace.json")]
     exact, truncated = recall.main(arguments)
     assert [*exact["accuracy"]] == ["30"] and exact["accuracy"]["30"]["sequences"] == 50
     assert exact["accuracy"]["30"]["value"] > 0.8 > truncated["accuracy"]["30"]["value"]
     assert json.loads((tmp_path / "recall.json").read_text())["runs"] == recall.main(arguments) == [exact, truncated]
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert len(trace["norms"]) == len(trace["tokens"]) == 96 and trace["run"] == "slots-rtrl-2-1"
 
 
 def test_haystack_long(tmp_path):

@@ -16,7 +16,7 @@ def run_docs(*files):
 
 
 def test_blocks_of_the_docs_run():
-    done = run_docs("README.md", *sorted((ROOT / "docs").glob("*.md")))
+    done = run_docs("README.md", *sorted((ROOT / "docs").rglob("*.md")))
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^README\.md:\d+: ran, 25 optimizer steps", done.stdout, re.M)
 

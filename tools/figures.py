@@ -275,7 +275,9 @@ def recall() -> str:
     labels = {
         "slots-rtrl": "slot cell, least used slots written, RTRL",
         "slots-tbptt": "the same, truncated BPTT",
-        "slots-important-rtrl": "slot cell, important slots written, RTRL",
+        "slots-without-allocation": "slot cell, important slots written, BPTT",
+        "slots-without-all-reads": "slot cell, half of the slots read, BPTT",
+        "slots-without-shift": "slot cell, without token shift, BPTT",
         "retention-bptt": "retention, BPTT through the whole sequence",
         "lru-bptt": "LRU, likewise",
         "gru-bptt": "GRU, likewise",
@@ -289,6 +291,18 @@ def recall() -> str:
                 accuracies = [each(run["accuracy"][at]["value"] for run in here) for at in ("512", "4096")]
                 rows.append([str(pairs), label, *accuracies])
     return markdown(["pairs", "", "at 512", "at 4,096"], rows) + source("recall.json")
+
+
+@picture("recall_trace.json")
+def slots_over_a_sequence(path: Path) -> None:
+    """Content of slots and what is written, over one sequence of a trained cell."""
+    import torch
+
+    from sparse_rtrl.cli.slot_picture import SlotTrace, plot_slots
+
+    record = load("recall_trace.json")
+    names = ("tokens", "target", "answer", "norms", "reads", "writes")
+    plot_slots(SlotTrace(*(torch.tensor(record[name]) for name in names)), record["run"]).savefig(path, dpi=130)
 
 
 LEARNED = {

@@ -74,7 +74,7 @@ def check_installed(python: Path, folder: Path, compiled: bool) -> None:
     alone["PATH"] = str(python.parent)
     options = {"cwd": folder, "env": alone}
     print("  " + call(python, "-c", CHECK, **options).strip())
-    pages = ["README.md", *sorted(str(p.relative_to(folder)) for p in (folder / "docs").glob("*.md"))]
+    pages = ["README.md", *sorted(str(p.relative_to(folder)) for p in (folder / "docs").rglob("*.md"))]
     printed = call(python, folder / "run_docs.py", *pages, **options)
     assert printed.count(STAND_IN) == (0 if compiled else 1), printed
     print(f"  {printed.strip().splitlines()[-1]}; {'no warning' if compiled else 'one warning'}")

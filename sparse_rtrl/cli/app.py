@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+import time
+from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -540,6 +541,9 @@ def demo(
     slot_size: SlotSize = 16,
     batch_size: BatchSize = 16,
     updates: Updates = 400,
+    recall_updates: Annotated[
+        int, typer.Option(help="Batches to train on in the second part.", rich_help_panel=_OPTIMIZER)
+    ] = 300,
     segment: Segment = 8,
     learning_rate: LearningRate = 1e-2,
     final_learning_rate: FinalLearningRate = 1e-3,
@@ -553,11 +557,12 @@ def demo(
     runs: Runs = Path("runs"),
     name: Name = None,
 ) -> None:
-    """The main job in at most five minutes: sparse RTRL, BPTT and truncated BPTT learn to find a needle in a haystack.
+    """The main job in at most five minutes: a needle in a haystack, and pairs to remember.
 
-    All three train the same slot cell on the same sequences, whose length grows to --length, for the same number of
-    updates. Sparse RTRL and truncated BPTT both backpropagate through segments of only --segment steps, and the key
-    is always further back than that.
+    Sparse RTRL, BPTT and truncated BPTT train the same slot cell to find a needle in a haystack, on the same sequences,
+    whose length grows to --length, for the same number of updates. Then sparse RTRL and truncated BPTT train it to
+    recall which of four values followed which key (--recall-updates). Both backpropagate through segments of only
+    --segment steps, and what is asked for is always further back than that.
 
     **Examples**
 
@@ -565,9 +570,38 @@ def demo(
     - `sparse-rtrl demo --length 64 --updates 300 --seed 3`
     """
     config = _config({**locals(), "task": "haystack", "eval_lengths": (length,)})
+    recall = _recall_of_pairs(config, recall_updates)
     from sparse_rtrl.cli.commands import compare_on_one_task
 
+    ends_at = time.monotonic() + time_budget
     compare_on_one_task(config, ["rtrl", "bptt", "tbptt"], parallel, time_budget, runs, name, "demo")
+    left = max(1.0, ends_at - time.monotonic())
+    second = None if name is None else f"{name}-recall"
+    compare_on_one_task(recall, ["rtrl", "tbptt"], parallel, left, runs, second, "demo-recall")
+
+
+def _recall_of_pairs(config: RunConfig, updates: int) -> RunConfig:
+    """The second part of the demo: four pairs, a slot for each of eight keys, the least used one written."""
+    distance = config.segment + 1
+    shortest = 16 + distance
+    return replace(
+        config,
+        task="recall",
+        task_options={"num_pairs": 4, "min_distance": distance},
+        token_shift=True,
+        cell_options={"write_to": "least_used"},
+        num_slots=8,
+        read_slots=8,
+        write_slots=1,
+        num_experts=2,
+        top_k=1,
+        batch_size=2 * config.batch_size,
+        length=2 * shortest,
+        start_length=shortest,
+        eval_lengths=(2 * shortest,),
+        updates=updates,
+        commit_every="auto",
+    )
 
 
 @app.command(rich_help_panel="Inspect")

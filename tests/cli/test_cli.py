@@ -116,7 +116,10 @@ def test_train_on_real_data_and_resume(tmp_path):
 
 
 def test_demo_ends_with_a_table_and_a_picture(tmp_path):
-    output = invoke("demo", *TINY, "--runs", tmp_path, "--name", "demo", "--time-budget", 200)
+    options = [*TINY, "--runs", tmp_path, "--name", "demo", "--time-budget", 200, "--recall-updates", 2]
+    output = invoke("demo", *options)
+    recall = json.loads((tmp_path / "demo-recall" / "results.json").read_text())["outcomes"]
+    assert [outcome["updates"] for outcome in recall] == [2, 2]
     for word in ("sparse RTRL, segment 8", "BPTT", "TBPTT(8)", "chance", "25.0%", "peak memory", "time per token"):
         assert word in output
     assert (tmp_path / "demo" / "comparison.png").read_bytes().startswith(b"\x89PNG")
