@@ -648,6 +648,32 @@ def metrics() -> str:
 
 
 @table
+def cost_of_verify() -> str:
+    """Time with the default sample and with every segment compared, over that without comparisons."""
+    rows = []
+    kept = load("verify_carry_cpu.json")["rows"]
+    for hidden in (32, 128):
+        for segment in (1, 16, 64):
+            for batch in (1, 16):
+                here = {"hidden": hidden, "segment": segment, "batch": batch}
+                never, sample, always = (
+                    one(kept, kind=kind, **here)["microseconds_per_step"]
+                    for kind in ("carry-never", "carry", "carry-always")
+                )
+                rows.append([f"Carry, GRU {hidden}", str(batch), str(segment), never, sample, always])
+    kept = load("verify_slots_cpu.json")["rows"]
+    for batch in (1, 16):
+        never, sample, always = (
+            one(kept, contestant=name, batch=batch)["microseconds_per_token"] * batch
+            for name in ("rtrl-64-unverified", "rtrl-64", "rtrl-64-verified")
+        )
+        rows.append(["RTRL, slot cell A", str(batch), "64", never, sample, always])
+    head = ["", "streams", "segment", "no comparisons, µs per step", "a sample", "every segment"]
+    told = [[*row[:3], f"{row[3]:,.0f}", *(f"{value / row[3] - 1:+.1%}" for value in row[4:])] for row in rows]
+    return markdown(head, told) + source("verify_carry_cpu.json", "verify_slots_cpu.json")
+
+
+@table
 def sleeping_experts() -> str:
     """Influence work with the planner and without."""
     rows = load("lazy_cpu.json")["rows"]
