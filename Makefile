@@ -15,7 +15,7 @@ FUZZ ?=
 FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ecosystem fuzz faults test-packages docs gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test test-all test-ecosystem fuzz faults test-packages docs gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -41,6 +41,9 @@ demo: $(STAMP)  ## Train the slot cell with RTRL, BPTT and TBPTT and compare the
 test: $(STAMP)  ## Run the tests, one process per core, and every benchmark once
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-disable
+
+test-all: $(STAMP)  ## The same with all combinations of parameters instead of all pairs (minutes more)
+	SPARSE_RTRL_TEST_ALL=1 $(MAKE) test
 
 $(ECOSYSTEM)/.installed: $(STAMP) tests/ecosystem/requirements.txt
 	$(BIN)/python -m venv --clear $(ECOSYSTEM)

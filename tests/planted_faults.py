@@ -34,7 +34,12 @@ SOURCES = ("sparse_rtrl", "triton_kernels")
 LEFT_OUT = (".git", ".venv*", "runs", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", ".benchmarks")
 TIME_LIMIT = 120.0
 """Seconds that the tests of one fault may take."""
-SETTINGS = {"OMP_NUM_THREADS": "1", "COLUMNS": "400", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+SETTINGS = {
+    "SPARSE_RTRL_TEST_ALL": "1",
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "400",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}
 """One thread, lines that are not cut, and no plugins, whose start takes longer than most of the tests."""
 NO_FAULTS = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "IndentationError", "UnboundLocalError")
 """What planted code that does not run raises; any test would see it."""
@@ -598,8 +603,15 @@ CELLS = [
     Fault(
         "least_important_slots",
         "the slots with the smallest importance are written",
-        "importance.topk(self.write_slots, dim=1).indices,",
-        "importance.topk(self.write_slots, dim=1, largest=False).indices,",
+        "write = importance.topk(self.write_slots, dim=1).indices",
+        "write = importance.topk(self.write_slots, dim=1, largest=False).indices",
+        ("tests/capture/test_slot_moe_pass.py::test_evaluation_gives_the_outputs_of_the_cell",),
+    ),
+    Fault(
+        "most_used_slots",
+        "with write_to='least_used' the slots with the largest content are written",
+        "write = state.square().sum(-1).argsort(dim=1, stable=True)[:, : self.write_slots]",
+        "write = state.square().sum(-1).argsort(dim=1, stable=True, descending=True)[:, : self.write_slots]",
         ("tests/capture/test_slot_moe_pass.py::test_evaluation_gives_the_outputs_of_the_cell",),
     ),
     Fault(

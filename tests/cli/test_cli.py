@@ -82,7 +82,17 @@ def test_options_of_retention_and_of_the_influence(tmp_path):
 
 def test_the_slot_cell_remembers_pairs(tmp_path):
     options = ["--task", "recall", "--pairs", 2, "--segment", 4, "--length", 24, "--batch-size", 32, "--updates", 300]
-    options += ["--token-shift", "--write-to", "least_used", "--write-slots", 1, "--read-slots", 4]
+    options += [
+        "--commit-every",
+        32,
+        "--token-shift",
+        "--write-to",
+        "least_used",
+        "--write-slots",
+        1,
+        "--read-slots",
+        4,
+    ]
     invoke("train", *options, "--eval-sequences", 100, "--runs", tmp_path, "--name", "it")
     accuracy = json.loads((tmp_path / "it" / "results.json").read_text())["accuracy"]["24"]
     assert accuracy["value"] > 0.95

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import bptt, cotangents, gradients_of, inputs, online, worst_error
+from pairs import pairs
 from pattern_cell import PatternCell, make_pattern
 from torch.func import functional_call
 from tree_oracle import swap_products
@@ -49,10 +50,16 @@ def ready_cell(kind: type, num_experts: int = 6) -> torch.nn.Module:
     ).double()
 
 
-@pytest.mark.parametrize("catch_up", CATCH_UPS)
-@pytest.mark.parametrize(("length", "batch"), [(1, 3), (2, 1), (17, 16), (64, 3), (300, 1), (300, 3)])
-@pytest.mark.parametrize("kind", [SlotMoECell, SparseLatentMoECell])
-def test_equals_bptt(kind, length, batch, catch_up):
+@pytest.mark.parametrize(
+    ("kind", "size", "catch_up"),
+    pairs(
+        [SlotMoECell, SparseLatentMoECell],
+        [(1, 3), (2, 1), (17, 16), (64, 3), (300, 1), (300, 3)],
+        CATCH_UPS,
+    ),
+)
+def test_equals_bptt(kind, size, catch_up):
+    length, batch = size
     cell = ready_cell(kind)
     x, c = inputs(length, batch), cotangents(length, batch)
     expected = bptt(cell, x, c)
@@ -72,11 +79,16 @@ def test_equals_bptt_at_length_300_with_16_streams():
     assert learner.events["expiries"] > 0
 
 
-@pytest.mark.parametrize("catch_up", CATCH_UPS)
-@pytest.mark.parametrize("kind", ["random", "overlap", "disjoint", "all", "no_write"])
-@pytest.mark.parametrize(("segment", "commit_every"), [(1, 1), (1, 3), (1, 16), (3, 1), (16, 16), (2, 5)])
-def test_patterns_segments_and_windows(kind, segment, commit_every, catch_up):
-    steps, batch = 40, 3
+@pytest.mark.parametrize(
+    ("window", "kind", "catch_up"),
+    pairs(
+        [(1, 1), (1, 3), (1, 16), (3, 1), (16, 16), (2, 5)],
+        ["random", "overlap", "disjoint", "all", "no_write"],
+        CATCH_UPS,
+    ),
+)
+def test_patterns_segments_and_windows(window, kind, catch_up):
+    (segment, commit_every), steps, batch = window, 40, 3
     cell = pattern_cell(kind, steps, batch)
     x, c = inputs(steps, batch), cotangents(steps, batch)
     expected = bptt(cell, x, c)
@@ -243,12 +255,11 @@ def test_float32_has_at_most_twice_the_error_of_float32_bptt(kind, commit_every,
     assert plain < 1e-3
 
 
-@pytest.mark.parametrize("catch_up", CATCH_UPS)
-def test_influence_after_5000_tokens(catch_up):
-    """Against the textbook recursion with dense Jacobians by autograd, one matrix per parameter."""
+def test_influence_after_5000_tokens():
+    """Every way to catch up against the textbook recursion with dense Jacobians by autograd."""
     steps, period = 5000, 45
     cell = PatternCell(make_pattern("random", period, 1), dense=False).double()
-    learner = RTRL(cell, 1, buffer=16, commit_every=4, catch_up=catch_up)
+    learners = {way: RTRL(cell, 1, buffer=16, commit_every=4, catch_up=way) for way in CATCH_UPS}
     x = inputs(steps, 1)
     x[..., -1] = (torch.arange(steps) % period).unsqueeze(1)
     names = [n for n, _ in cell.named_parameters() if not n.startswith("readout")]
@@ -258,16 +269,18 @@ def test_influence_after_5000_tokens(catch_up):
     state = cell.initial_state(1)
     eye = torch.eye(hidden, dtype=torch.float64).view(hidden, 1, *state.shape[1:])
     for x_t in x:
-        learner(x_t)
+        for learner in learners.values():
+            learner(x_t)
         entry = state.detach().requires_grad_()
         _, _, state = cell(x_t, entry)
         J, *F = torch.autograd.grad(state, [entry, *parameters], eye, is_grads_batched=True, allow_unused=True)
         P = [J.view(hidden, hidden) @ p + (0 if f is None else f.view(hidden, -1)) for p, f in zip(P, F, strict=True)]
-    found = learner.influence()
-    for name, expected in zip(names, P, strict=True):
-        error = float((found[name].reshape(hidden, -1) - expected).norm() / expected.norm().clamp_min(1e-300))
-        assert error <= EXACT, name
-        assert expected.norm() > 1e-6 or name == "experts.bias"
+    for way, learner in learners.items():
+        found = learner.influence()
+        for name, expected in zip(names, P, strict=True):
+            error = float((found[name].reshape(hidden, -1) - expected).norm() / expected.norm().clamp_min(1e-300))
+            assert error <= EXACT, (way, name)
+            assert expected.norm() > 1e-6 or name == "experts.bias"
 
 
 @given(data=st.data())
@@ -318,7 +331,7 @@ def _truncated(monkeypatch):
 
 
 def _unpaid(monkeypatch):
-    monkeypatch.setattr(Influence, "_pay", lambda self, sleeping: None)
+    monkeypatch.setattr(Influence, "_form_deferred", lambda self, sleeping: None)
 
 
 @pytest.mark.parametrize(

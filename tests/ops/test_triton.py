@@ -674,9 +674,9 @@ def test_tile_table_covers_every_column_once():
         assert seen[term].sum() == m * j and (seen[term, offset : offset + m * j] == 1).all()
 
 
-def test_kernels_compile_ahead_of_time(tmp_path):
+def test_kernels_compile_ahead_of_time(request):
     """For sm_80 and sm_90: no error, no spilled register, and matrix units wherever the precision allows them."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(request.config.cache.mkdir("triton"))}
     environment.pop("TRITON_INTERPRET", None)
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     script = Path(__file__).parents[1] / "compile_kernels.py"
