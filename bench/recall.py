@@ -9,7 +9,7 @@ one before (token shift) and train on the same number of sequences, whose length
   segments of 8 steps (the influence is moved every ``--commit-every`` steps, which changes nothing in the gradient) and
   by truncated BPTT with the same segments;
 - *without allocation* (slots written by importance, half of them at a step), *without all reads* (half of the slots
-  are read), *without shift*: the same slot cell with one thing changed, by BPTT, whose gradient is that of RTRL;
+  are read), *without softmax* (sigmoid weights), *without shift*: the same slot cell with one thing changed, by BPTT, whose gradient is that of RTRL;
 - *retention*, *lru*, *gru*: linear attention, a linear recurrent unit and a GRU of as many state entries, by BPTT
   through the whole sequence. Retention takes the shift in its keys.
 
@@ -30,12 +30,19 @@ from training_runs import accuracy_of, save, train
 
 from sparse_rtrl.cli.slot_picture import trace_slots
 
-SLOTS = {"write-slots": 1, "num-experts": 2, "top-k": 1, "write-to": "least_used"}
+SLOTS = {
+    "write-slots": 1,
+    "num-experts": 2,
+    "top-k": 1,
+    "write-to": "least_used",
+    "read-weights": "softmax",
+}
 METHODS = {
     "slots-rtrl": {"method": "rtrl", **SLOTS},
     "slots-tbptt": {"method": "tbptt", **SLOTS},
-    "slots-without-allocation": {"method": "bptt", "num-experts": 2, "top-k": 1},
+    "slots-without-allocation": {"method": "bptt", **SLOTS, "write-to": "important", "write-slots": 0.5},
     "slots-without-all-reads": {"method": "bptt", **SLOTS, "read-slots": 0.5},
+    "slots-without-softmax": {"method": "bptt", **SLOTS, "read-weights": "sigmoid"},
     "slots-without-shift": {"method": "bptt", **SLOTS, "token-shift": False},
     "retention-bptt": {"method": "bptt", "cell": "retention", "decay": 1.0},
     "lru-bptt": {"method": "bptt", "cell": "lru"},
@@ -47,14 +54,14 @@ def settings_of(name: str, pairs: int, seed: int, options: argparse.Namespace) -
     """Options of ``sparse-rtrl train`` for one run."""
     slots = options.num_slots or 2 * pairs
     settings: dict[str, object] = {"task": "recall", "pairs": pairs, "seed": seed, "segment": options.segment}
-    settings |= {"num-slots": slots, "read-slots": slots, "write-slots": slots // 2, "slot-size": 16}
+    settings |= {"num-slots": slots, "read-slots": slots, "slot-size": 16}
     settings |= {"length": options.length, "batch-size": options.batch, "token-shift": True}
     settings |= {"updates": options.updates, "curriculum-updates": max(1, round(0.8 * options.updates))}
     if METHODS[name]["method"] == "rtrl":
         settings["commit-every"] = options.commit_every
     settings |= METHODS[name]
-    if settings["read-slots"] == 0.5:
-        settings["read-slots"] = slots // 2
+    for name_of in ("read-slots", "write-slots"):
+        settings[name_of] = slots // 2 if settings[name_of] == 0.5 else settings[name_of]
     if not settings["token-shift"]:
         del settings["token-shift"]
     return settings | {"eval-sequences": options.sequences, "evaluate-at": options.evaluate_at}
@@ -70,7 +77,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--num-slots", type=int, help="two for each pair if absent")
     parser.add_argument("--length", type=int, default=128, help="steps of the longest sequences trained on")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--evaluate-at", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--sequences", type=int, default=1000, help="of each of these lengths")
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="trainings at a time")

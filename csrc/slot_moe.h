@@ -17,6 +17,7 @@ struct SlotMoeSizes {
   int64_t experts;  // E
   int64_t top_k;    // k
   int64_t input;    // I
+  bool softmax;     // over the read slots, instead of sigmoid weights
 
   int64_t hidden() const { return slots * size; }
   int64_t support() const { return read + write; }
@@ -31,7 +32,7 @@ struct SlotMoeSizes {
   int64_t query() const { return old_write() + write * size; }        // (D)
   int64_t write_query() const { return query() + size; }              // (D)
   int64_t key_value() const { return write_query() + size; }          // (kr, 2 D)
-  int64_t attention() const { return key_value() + read * 2 * size; }  // (kr, heads): sigmoid weights
+  int64_t attention() const { return key_value() + read * 2 * size; }  // (kr, heads): weights of the read slots
   int64_t expert_outputs() const { return attention() + read * heads; }  // (k, D + 1): m_e, and the sigmoid of r_e
   int64_t gate() const { return expert_outputs() + top_k * (size + 1); }  // (kw, D)
   int64_t candidate() const { return gate() + write * size; }         // (kw, D)

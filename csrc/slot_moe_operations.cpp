@@ -35,7 +35,7 @@ struct CellTensors {
   SlotMoeSizes sizes;
 
   CellTensors(const std::vector<Tensor>& given, int64_t batch, int64_t input, int64_t heads, int64_t read,
-              int64_t write, int64_t top_k) {
+              int64_t write, int64_t top_k, bool softmax) {
     if (given.size() != 7) {
       throw std::invalid_argument("weights must be 7 tensors, got " + std::to_string(given.size()));
     }
@@ -49,7 +49,7 @@ struct CellTensors {
     check_number("top_k", top_k, 1, E);
     check_number("num_heads", heads, 1, D);
     if (D % heads != 0) throw std::invalid_argument("num_heads must divide the slot size " + std::to_string(D));
-    sizes = {batch, S, D, heads, read, write, E, top_k, input};
+    sizes = {batch, S, D, heads, read, write, E, top_k, input, softmax};
     weights.push_back(checked("weights", like, like, dtype, {S, D}));
     weights.push_back(checked("weights", given[1], like, dtype, {2 * D, D}));
     weights.push_back(checked("weights", given[2], like, dtype, {2 * D, D}));
@@ -75,7 +75,7 @@ struct WindowTensors {
 
   WindowTensors(const std::vector<Tensor>& inputs_, const std::vector<Tensor>& saved_,
                 const std::vector<Tensor>& index_, const std::vector<Tensor>& weights, const std::vector<int64_t>& at,
-                int64_t heads, int64_t read, int64_t write) {
+                int64_t heads, int64_t read, int64_t write, bool softmax) {
     const size_t count = inputs_.size();
     if (count == 0 || saved_.size() != count || index_.size() != count || weights.size() != 7 * count) {
       throw std::invalid_argument("inputs, saved, index and weights must hold 1, 1, 1 and 7 tensors per segment, got " +
@@ -87,7 +87,7 @@ struct WindowTensors {
     const int64_t top_k = index_[0].dim() == 3 ? index_[0].size(2) - read - write : 0;
     for (size_t i = 0; i < count; ++i) {
       const std::vector<Tensor> own(weights.begin() + 7 * i, weights.begin() + 7 * (i + 1));
-      cells.emplace_back(own, batch, input, heads, read, write, top_k);
+      cells.emplace_back(own, batch, input, heads, read, write, top_k, softmax);
       const SlotMoeSizes& s = cells[i].sizes;
       const Tensor& like = cells[0].weights[0];
       if (s.slots != sizes().slots || s.size != sizes().size || s.experts != sizes().experts) {
@@ -159,8 +159,8 @@ struct Window {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> slot_moe_forward(Tensor state, Tensor query_token,
                                                             std::vector<Tensor> weights, int64_t heads, int64_t read,
-                                                            int64_t write, int64_t top_k, bool least_used) {
-  const CellTensors cell(weights, state.dim() == 3 ? state.size(0) : -1, 0, heads, read, write, top_k);
+                                                            int64_t write, int64_t top_k, bool least_used, bool softmax) {
+  const CellTensors cell(weights, state.dim() == 3 ? state.size(0) : -1, 0, heads, read, write, top_k, softmax);
   const SlotMoeSizes& s = cell.sizes;
   const Tensor& like = cell.weights[0];
   const ScalarType dtype = like.scalar_type();
@@ -182,8 +182,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slot_moe_forward(Tensor state, Tensor
 
 void slot_moe_pull_back_(Tensor v, Tensor core, Tensor experts, std::optional<Tensor> cotangent,
                          std::vector<Tensor> inputs, std::vector<Tensor> saved, std::vector<Tensor> index,
-                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write) {
-  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write);
+                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write,
+                         bool softmax) {
+  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write, softmax);
   const SlotMoeSizes& s = window.sizes();
   const Tensor& like = window.like();
   const ScalarType dtype = like.scalar_type();
@@ -205,8 +206,9 @@ void slot_moe_pull_back_(Tensor v, Tensor core, Tensor experts, std::optional<Te
 }
 
 void slot_moe_transfer_(Tensor phi, std::vector<Tensor> inputs, std::vector<Tensor> saved, std::vector<Tensor> index,
-                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write) {
-  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write);
+                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write,
+                         bool softmax) {
+  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write, softmax);
   const SlotMoeSizes& s = window.sizes();
   phi = checked_in_place("phi", phi, window.like(), window.like().scalar_type(), {s.batch, -1, s.hidden()});
   if (phi.size(1) == 0) return;
@@ -218,8 +220,9 @@ void slot_moe_transfer_(Tensor phi, std::vector<Tensor> inputs, std::vector<Tens
 }
 
 void slot_moe_commit_(Tensor core, Tensor experts, Tensor phi, Tensor rows, std::vector<Tensor> inputs, std::vector<Tensor> saved, std::vector<Tensor> index,
-                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write) {
-  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write);
+                         std::vector<Tensor> weights, std::vector<int64_t> columns, int64_t heads, int64_t read, int64_t write,
+                         bool softmax) {
+  const WindowTensors window(inputs, saved, index, weights, columns, heads, read, write, softmax);
   const SlotMoeSizes& s = window.sizes();
   const Tensor& like = window.like();
   const ScalarType dtype = like.scalar_type();

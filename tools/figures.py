@@ -277,6 +277,7 @@ def recall() -> str:
         "slots-tbptt": "the same, truncated BPTT",
         "slots-without-allocation": "slot cell, important slots written, BPTT",
         "slots-without-all-reads": "slot cell, half of the slots read, BPTT",
+        "slots-without-softmax": "slot cell, sigmoid weights, BPTT",
         "slots-without-shift": "slot cell, without token shift, BPTT",
         "retention-bptt": "retention, BPTT through the whole sequence",
         "lru-bptt": "LRU, likewise",

@@ -86,7 +86,7 @@ class FusedSteps:
     def state_dict(self) -> dict[str, Any]:
         """Everything in it; the tensors are not copied."""
         tensors = {"inputs": self.inputs, "saved": self.saved, "index": self.index, "weights": list(self.weights)}
-        return {"sizes": self.of.sizes, **tensors}
+        return {"sizes": self.of.sizes, "options": self.of.kernels.options, **tensors}
 
 
 class FusedCapture:
@@ -176,6 +176,8 @@ class FusedCapture:
         Raises:
             ValueError: if they are of other sizes.
         """
+        if (options := tuple(state.get("options", self.kernels.options))) != self.kernels.options:
+            raise ValueError(f"the state must be of a cell with the options {self.kernels.options}, got {options}")
         if tuple(state["sizes"]) != self.sizes:
             raise ValueError(
                 f"the state must be of a cell with ({', '.join(self.kernels.size_names)}) = {self.sizes},"

@@ -51,6 +51,9 @@ class FusedPass(ABC):
         """Whether a backend has the operations for a device and dtype."""
         return dispatch.fused(backend, device, dtype)
 
+    options: tuple[str, ...] = ()
+    """Further choices that the backward pass depends on; fixed when the pass begins, and saved with steps."""
+
     def __init__(self, cell: Any) -> None:
         self.cell = cell
 

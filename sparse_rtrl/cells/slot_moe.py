@@ -74,7 +74,7 @@ class OutputAttention(nn.Module):
         return torch.matmul(scores.softmax(1).transpose(1, 2), value).squeeze(1) + skip
 
 
-@register_cell("slot-moe", options=("write_to",))
+@register_cell("slot-moe", options=("write_to", "read_weights"))
 class SlotMoECell(SlotCell):
     r"""Gated orthogonal highway cell with slot memory and a sparse mixture of experts.
 
@@ -92,9 +92,10 @@ class SlotMoECell(SlotCell):
     Read are the slots with the largest scores ``q · k_i``, summed over the heads; written those with the largest
     importance ``b · s_i``, or the least used ones; active the experts with the largest ``r_e``, the last output of each
     expert: the row that routes to an expert belongs to it, so the core does not grow with their number. Each score is
-    also the soft weight of what it selects, so selection trains. Sigmoid weights, unlike a softmax, train also when
-    only one item is selected. The piecewise linear gate can close completely, so that content survives any number of
-    steps; a sigmoid only gets small, and its leak empties a slot after some thousand steps.
+    also the soft weight of what it selects, so selection trains. Sigmoid weights train also when only one item is
+    selected; a softmax over the read slots may take their place. The piecewise linear gate can close completely, so
+    that content survives any number of steps; a sigmoid only gets small, and its leak empties a slot after some
+    thousand steps.
 
     Args:
         input_size: size of the input of a step.
@@ -111,7 +112,10 @@ class SlotMoECell(SlotCell):
         write_to: ``"important"`` writes the slots of largest importance, so that what is stored decides where it goes
             and two things may get the same slot; ``"least_used"`` those whose content is smallest (allocation, Graves
             et al. 2016), so that every new thing gets a slot of its own. Take it with ``write_slots=1`` and
-            ``read_slots=num_slots`` where many things are stored and found again by what they hold.
+            ``read_slots=num_slots`` where many things are stored and found again by what they hold. Slots that need
+            no identity of their own to be chosen then begin with a small one.
+        read_weights: ``"sigmoid"``, or ``"softmax"`` over the read slots. Take the softmax where one stored thing must
+            be found among many; with ``read_slots=1`` it is constant, and reads do not train.
 
     Raises:
         ValueError: if the sizes do not fit together.
@@ -130,10 +134,17 @@ class SlotMoECell(SlotCell):
         num_heads: int = 4,
         gate_bias: float = -0.5,
         write_to: Literal["important", "least_used"] = "important",
+        read_weights: Literal["sigmoid", "softmax"] = "sigmoid",
     ) -> None:
         super().__init__(num_slots, slot_size, num_experts)
         if write_to not in ("important", "least_used"):
             raise ValueError(f"write_to must be 'important' or 'least_used', got {write_to!r}")
+        if read_weights not in ("sigmoid", "softmax"):
+            raise ValueError(f"read_weights must be 'sigmoid' or 'softmax', got {read_weights!r}")
+        if read_weights == "softmax" and read_slots == 1:
+            raise ValueError(
+                "read_slots must be at least 2 with read_weights='softmax', which is constant for 1; got 1"
+            )
         check_sizes(
             input_size=input_size,
             num_slots=num_slots,
@@ -152,8 +163,9 @@ class SlotMoECell(SlotCell):
         self.write_slots = write_slots
         self.num_heads = num_heads
         self.write_to = write_to
+        self.read_weights = read_weights
 
-        self.slot_table = nn.Parameter(torch.randn(num_slots, slot_size))
+        self.slot_table = nn.Parameter(torch.randn(num_slots, slot_size) * (0.1 if write_to == "least_used" else 1.0))
         self.query_token = nn.Linear(input_size, 2 * slot_size)
         self.key_value = nn.Linear(slot_size, 2 * slot_size, bias=False)
         self.control = nn.Linear(slot_size, 2 * slot_size)
@@ -169,7 +181,7 @@ class SlotMoECell(SlotCell):
         return (
             f"num_slots={self.num_slots}, slot_size={self.slot_size}, top_k={self.top_k}, "
             f"read_slots={self.read_slots}, write_slots={self.write_slots}, num_heads={self.num_heads}, "
-            f"write_to={self.write_to}"
+            f"write_to={self.write_to}, read_weights={self.read_weights}"
         )
 
     def fused_pass(self) -> SlotMoEPass | None:
@@ -178,6 +190,11 @@ class SlotMoECell(SlotCell):
 
     def _heads(self, vectors: Tensor) -> Tensor:
         return vectors.unflatten(-1, (self.num_heads, -1))
+
+    def _attention(self, scores: Tensor) -> Tensor:
+        """Weights of the read slots from their scores, ``(B, kr, heads, ...)`` both."""
+        scores = scores / math.sqrt(self.slot_size // self.num_heads)
+        return torch.sigmoid(scores) if self.read_weights == "sigmoid" else scores.softmax(1)
 
     def route(self, x: Tensor, state: Tensor) -> Routing:
         """Choose slots by attention score and importance, and experts by router logit; see the class docstring.
@@ -194,7 +211,7 @@ class SlotMoECell(SlotCell):
         key, value = self.key_value(slots).chunk(2, dim=-1)
         scores = (self._heads(key) * self._heads(query).unsqueeze(1)).sum(-1)  # (B, S, heads)
         read = scores.sum(-1).topk(self.read_slots, dim=1).indices
-        weights = torch.sigmoid(gather_slots(scores, read) / math.sqrt(self.slot_size // self.num_heads))
+        weights = self._attention(gather_slots(scores, read))
         context = (weights.unsqueeze(-1) * self._heads(gather_slots(value, read))).sum(1).flatten(1)
         mixed = token + context
         write_query = self.control(mixed)[:, self.slot_size :]
@@ -216,7 +233,7 @@ class SlotMoECell(SlotCell):
         query, token = self.query_token(x).chunk(2, dim=-1)
         key, value = self.key_value(slots_read).chunk(2, dim=-1)
         scores = (self._heads(key) * self._heads(query).unsqueeze(1)).sum(-1, keepdim=True)  # (B, kr, heads, 1)
-        weights = torch.sigmoid(scores / math.sqrt(self.slot_size // self.num_heads))
+        weights = self._attention(scores)
         mixed = token + (weights * self._heads(value)).sum(1).flatten(1)  # (B, D)
 
         gate, write_query = self.control(mixed).chunk(2, dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +47,17 @@ class SlotMoEPass(FusedPass):
     expert: ClassVar[tuple[str, ...]] = ("experts.weight", "experts.bias")
     size_names: ClassVar[tuple[str, ...]] = ("num_heads", "read_slots", "write_slots", "top_k")
 
+    def __init__(self, cell: Any) -> None:
+        super().__init__(cell)
+        self.options = (cell.read_weights,)
+        self._softmax = cell.read_weights == "softmax"
+
     def as_written(self) -> bool:
         """See :meth:`FusedPass.as_written`."""
         cell = self.cell
         if torch.is_autocast_enabled("cpu") or not _METHODS.isdisjoint(vars(cell)):
+            return False
+        if (cell.read_weights,) != self.options:
             return False
         forwards = [nn.Linear.forward] * 4 + [ExpertBank.forward]
         modules: list[nn.Module] = [cell.query_token, cell.key_value, cell.control, cell.core, cell.experts]
@@ -68,7 +75,12 @@ class SlotMoEPass(FusedPass):
         """See :meth:`FusedPass.forward`."""
         query_token = F.linear(xs, tensors["query_token.weight"], tensors["query_token.bias"])
         found: tuple[Tensor, Tensor, Tensor, Tensor] = dispatch.slot_moe_forward(
-            state.contiguous(), query_token, self.weights(tensors), *self.sizes, self.cell.write_to == "least_used"
+            state.contiguous(),
+            query_token,
+            self.weights(tensors),
+            *self.sizes,
+            self.cell.write_to == "least_used",
+            self._softmax,
         )
         return found
 
@@ -96,12 +108,12 @@ class SlotMoEPass(FusedPass):
 
     def pull_back_(self, v: Tensor, core: Tensor, experts: Tensor, cotangent: Tensor | None, kept: Kept) -> None:
         """See :meth:`FusedPass.pull_back_`."""
-        dispatch.slot_moe_pull_back_(v, core, experts, cotangent, *kept, *self.sizes[:3])
+        dispatch.slot_moe_pull_back_(v, core, experts, cotangent, *kept, *self.sizes[:3], self._softmax)
 
     def transfer_(self, phi: Tensor, kept: Kept) -> None:
         """See :meth:`FusedPass.transfer_`."""
-        dispatch.slot_moe_transfer_(phi, *kept, *self.sizes[:3])
+        dispatch.slot_moe_transfer_(phi, *kept, *self.sizes[:3], self._softmax)
 
     def add_immediate_(self, core: Tensor, experts: Tensor, phi: Tensor, rows: Tensor, kept: Kept) -> None:
         """See :meth:`FusedPass.add_immediate_`."""
-        dispatch.slot_moe_commit_(core, experts, phi, rows, *kept, *self.sizes[:3])
+        dispatch.slot_moe_commit_(core, experts, phi, rows, *kept, *self.sizes[:3], self._softmax)

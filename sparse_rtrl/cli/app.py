@@ -125,6 +125,13 @@ WriteTo = Annotated[
         rich_help_panel=_CELL,
     ),
 ]
+ReadWeights = Annotated[
+    str | None,
+    typer.Option(
+        help="Cell slot-moe: sigmoid or softmax weights of the read slots; softmax finds one thing among many.",
+        rich_help_panel=_CELL,
+    ),
+]
 Decay = Annotated[
     float | None,
     typer.Option(
@@ -280,6 +287,7 @@ def train(
     token_shift: TokenShift = False,
     decay: Decay = None,
     write_to: WriteTo = None,
+    read_weights: ReadWeights = None,
     task: Annotated[
         TrainingData,
         typer.Option(
@@ -488,6 +496,7 @@ def compare_trials(
     token_shift: TokenShift = False,
     decay: Decay = None,
     write_to: WriteTo = None,
+    read_weights: ReadWeights = None,
     task: TaskChoice = "haystack",
     length: Annotated[
         list[int] | None,
@@ -589,7 +598,7 @@ def _recall_of_pairs(config: RunConfig, updates: int) -> RunConfig:
         task="recall",
         task_options={"num_pairs": 4, "min_distance": distance},
         token_shift=True,
-        cell_options={"write_to": "least_used"},
+        cell_options={"write_to": "least_used", "read_weights": "softmax"},
         num_slots=8,
         read_slots=8,
         write_slots=1,

@@ -22,7 +22,8 @@ COMPILED = {"cpp": ("cpu", "SPARSE_RTRL_CPP"), "cuda": ("cuda", "SPARSE_RTRL_CUD
 """Device of each compiled backend, and the environment variable that makes its build a must."""
 
 _WINDOW = (
-    "Tensor[] inputs, Tensor[] saved, Tensor[] index, Tensor[] weights, int[] columns, int heads, int read, int write"
+    "Tensor[] inputs, Tensor[] saved, Tensor[] index, Tensor[] weights, int[] columns, int heads, int read, int write,"
+    " bool softmax=False"
 )
 
 SCHEMAS = {
@@ -58,7 +59,7 @@ SCHEMAS = {
     "diagonal_loss_": "(Tensor(a!) g, Tensor P, Tensor u) -> ()",
     "slot_moe_forward": (
         "(Tensor state, Tensor query_token, Tensor[] weights, int heads, int read, int write, int top_k,"
-        " bool least_used=False) -> (Tensor, Tensor, Tensor, Tensor)"
+        " bool least_used=False, bool softmax=False) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "slot_moe_pull_back_": (f"(Tensor(a!) v, Tensor(b!) core, Tensor(c!) experts, Tensor? cotangent, {_WINDOW}) -> ()"),
     "slot_moe_transfer_": f"(Tensor(a!) phi, {_WINDOW}) -> ()",
@@ -92,7 +93,7 @@ def _fake_suffix_loss_rows(rows, cols, blocks, loss_rows, count, starts, newest,
     return newest.new_empty(*starts.shape, newest.shape[1])
 
 
-def _fake_slot_moe_forward(state, query_token, weights, heads, read, write, top_k, least_used=False):
+def _fake_slot_moe_forward(state, query_token, weights, heads, read, write, top_k, least_used=False, softmax=False):
     steps, batch, width = query_token.shape
     size = width // 2
     saved = size * (3 + read + 2 * write + 2 * read + 2 * write) + read * heads + top_k * (size + 1)

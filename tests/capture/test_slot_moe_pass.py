@@ -30,9 +30,18 @@ SIZES = {
         "write_slots": 1,
         "write_to": "least_used",
     },
+    "softmax": {
+        "slot_size": 6,
+        "num_slots": 5,
+        "num_experts": 3,
+        "top_k": 2,
+        "read_slots": 3,
+        "write_slots": 2,
+        "read_weights": "softmax",
+    },
     "single": {"slot_size": 16, "num_slots": 1, "num_experts": 1, "top_k": 1, "read_slots": 1, "write_slots": 1},
 }
-HEADS = {"odd": 1, "heads": 4, "wide": 3, "least used": 4, "single": 2}
+HEADS = {"odd": 1, "heads": 4, "wide": 3, "least used": 4, "softmax": 3, "single": 2}
 
 
 def make_cell(name: str, dtype: torch.dtype = torch.float64) -> SlotMoECell:
@@ -251,6 +260,10 @@ def test_a_state_of_other_sizes_is_refused() -> None:
     learner(problem(1, 2)[0][0])
     state = learner.state_dict()
     state["influence"]["window"][0]["sizes"] = (2, *state["influence"]["window"][0]["sizes"][1:])
+    other_weights = make_cell("heads")
+    other_weights.read_weights = "softmax"
+    with pytest.raises(ValueError, match=r"options \('softmax',\), got \('sigmoid',\)"):
+        RTRL(other_weights, batch_size=2, commit_every=9).load_state_dict(learner.state_dict())
     with pytest.raises(ValueError, match="num_heads"):
         other.load_state_dict(state)
 
