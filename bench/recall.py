@@ -48,6 +48,7 @@ METHODS = {
     "lru-bptt": {"method": "bptt", "cell": "lru"},
     "gru-bptt": {"method": "gru-bptt"},
 }
+"""Options of ``sparse-rtrl train``; 0.5 stands for half of the slots."""
 
 
 def settings_of(name: str, pairs: int, seed: int, options: argparse.Namespace) -> dict[str, object]:
@@ -60,8 +61,7 @@ def settings_of(name: str, pairs: int, seed: int, options: argparse.Namespace) -
     if METHODS[name]["method"] == "rtrl":
         settings["commit-every"] = options.commit_every
     settings |= METHODS[name]
-    for name_of in ("read-slots", "write-slots"):
-        settings[name_of] = slots // 2 if settings[name_of] == 0.5 else settings[name_of]
+    settings |= {part: slots // 2 for part in ("read-slots", "write-slots") if settings.get(part) == 0.5}
     if not settings["token-shift"]:
         del settings["token-shift"]
     return settings | {"eval-sequences": options.sequences, "evaluate-at": options.evaluate_at}
