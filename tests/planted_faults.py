@@ -118,7 +118,7 @@ ENGINE = [
     Fault(
         "rows_stay_reordered",
         "rows of a map that belong to other streams are taken as they are",
-        "            layouts = self._placed(rows_of, formulas, coefficients, tolerance)\n",
+        "            orders = self._placed(rows_of, formulas, coefficients, tolerance)\n",
         "",
         ("tests/learners/test_carry_edges.py::test_rows_sorted_and_put_back_are_exact",),
     ),

@@ -19,8 +19,8 @@ from torch.autograd.graph import GradientEdge
 
 from sparse_rtrl.capture.parameter_uses import (
     Factor,
-    Layout,
     SegmentGraph,
+    StreamOrder,
     Use,
     uses_of,
     without_hooks,
@@ -53,7 +53,7 @@ class GraphCapture:
         self.offsets = offsets
         self.noted: set[str] = set() if noted is None else noted
         self.dense = dense
-        self._known: dict[Any, dict[int, list[Layout]]] = {}
+        self._known: dict[Any, dict[int, list[StreamOrder]]] = {}
         self._coefficients: Tensor | None = None
 
     def segment(
@@ -118,13 +118,13 @@ class GraphCapture:
         in_complex = {use.parameter for use, g in of_uses if g.is_complex()}
         rows_of = [UseRows(use, g.to(end.dtype)) for use, g in of_uses if use.parameter not in in_complex]
         formulas = self._formulas(end, entry, parameters, rows_of, cotangents, graph, tolerance)
-        layouts = {number: known[0] for number, known in formulas.items() if known}
-        factors, terms = self._join(self._pieces(rows_of, layouts), batch, count + 1, end)
+        orders = {number: known[0] for number, known in formulas.items() if known}
+        factors, terms = self._join(self._pieces(rows_of, orders), batch, count + 1, end)
         if not tolerance.explains(_disagreement(factors, coefficients, tolerance)):
             _check_linear(end, inputs, probe, found, tolerance)
-            layouts = self._placed(rows_of, formulas, coefficients, tolerance)
-            factors, terms = self._join(self._pieces(rows_of, layouts), batch, count + 1, end)
-        dense += [*sorted(in_complex), *(number for number in formulas if number not in layouts)]
+            orders = self._placed(rows_of, formulas, coefficients, tolerance)
+            factors, terms = self._join(self._pieces(rows_of, orders), batch, count + 1, end)
+        dense += [*sorted(in_complex), *(number for number in formulas if number not in orders)]
         self._note_dense(dense, graph)
         factors = factors[:, :count].contiguous()
         if dense:
@@ -142,30 +142,30 @@ class GraphCapture:
             kept = self._coefficients = PROBE_SCALE * drawn.to(like)
         return kept
 
-    def _pieces(self, rows_of: list[UseRows], layouts: dict[int, Layout]) -> list[tuple[int, Factor]]:
-        """Factors of the parameters that have a layout."""
+    def _pieces(self, rows_of: list[UseRows], orders: dict[int, StreamOrder]) -> list[tuple[int, Factor]]:
+        """Factors of the parameters that have an order."""
         out = []
         for use, delta in rows_of:
-            if use.parameter in layouts:
-                factor = use.build(delta, layouts[use.parameter])
+            if use.parameter in orders:
+                factor = use.build(delta, orders[use.parameter])
                 assert factor is not None
                 out.append((use.parameter, factor))
         return out
 
     def _placed(
-        self, rows_of: list[UseRows], formulas: dict[int, list[Layout]], coefficients: Tensor, tolerance: Tolerance
-    ) -> dict[int, Layout]:
-        """For each parameter a layout that puts all rows to their own streams; those without one are left out."""
-        out: dict[int, Layout] = {}
-        for number, layouts in formulas.items():
+        self, rows_of: list[UseRows], formulas: dict[int, list[StreamOrder]], coefficients: Tensor, tolerance: Tolerance
+    ) -> dict[int, StreamOrder]:
+        """For each parameter an order that puts all rows to their own streams; those without one are left out."""
+        out: dict[int, StreamOrder] = {}
+        for number, orders in formulas.items():
             mine = [rows for rows in rows_of if rows.use.parameter == number]
-            for layout in layouts:
-                factors = [factor for _, factor in self._pieces(mine, {number: layout})]
+            for order in orders:
+                factors = [factor for _, factor in self._pieces(mine, {number: order})]
                 wrong = [_disagreement(factor.delta.flatten(2), coefficients, tolerance) for factor in factors]
                 if all(tolerance.explains(error) for error in wrong):
-                    out[number] = layout
-                    layouts.remove(layout)
-                    layouts.insert(0, layout)  # tried first the next time
+                    out[number] = order
+                    orders.remove(order)
+                    orders.insert(0, order)  # tried first the next time
                     break
         return out
 
@@ -194,8 +194,8 @@ class GraphCapture:
         cotangents: Tensor,
         graph: SegmentGraph,
         tolerance: Tolerance,
-    ) -> dict[int, list[Layout]]:
-        """For each parameter the layouts whose factors agreed with an ordinary backward pass for this kind of segment.
+    ) -> dict[int, list[StreamOrder]]:
+        """For each parameter the orders whose factors agreed with an ordinary backward pass for this kind of segment.
 
         That a formula is right is remembered for segments of the same operations and shapes. That the rows belong to
         the streams is not: the probe shows it every time.
@@ -228,8 +228,8 @@ class GraphCapture:
         cotangents: Tensor,
         graph: SegmentGraph,
         tolerance: Tolerance,
-    ) -> tuple[dict[int, list[Layout]], bool]:
-        """For each parameter the layouts whose factors agree with an ordinary backward pass of half of the streams.
+    ) -> tuple[dict[int, list[StreamOrder]], bool]:
+        """For each parameter the orders whose factors agree with an ordinary backward pass of half of the streams.
 
         Also whether another segment may rely on it: not where nothing is seen because a gradient is zero, as that of a
         weight which multiplies a state of zeros.
@@ -256,15 +256,15 @@ class GraphCapture:
             _refuse_coupled(graph)
         certain = True
         scale = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
-        out: dict[int, list[Layout]] = {}
+        out: dict[int, list[StreamOrder]] = {}
         for number, expected in zip(numbers, truth, strict=True):
             out[number] = []
             mine = [rows for rows in rows_of if rows.use.parameter == number]
             size = parameters[number].numel()
             g = end.new_zeros(size) if expected is None else expected.flatten().to(end.dtype)
             own = max(float(g.abs().max()), 1e-2 * scale)
-            for layout in ("outer", "inner"):
-                factors = [rows.use.build(rows.delta[:count], layout) for rows in mine]
+            for order in ("outer", "inner"):
+                factors = [rows.use.build(rows.delta[:count], order) for rows in mine]
                 if any(factor is None for factor in factors):
                     continue
                 total = end.new_zeros(size)
@@ -274,7 +274,7 @@ class GraphCapture:
                     part = (pulled.sum((0, 1)) if z is None else torch.einsum("btm,btj->mj", pulled, z)).flatten()
                     total[factor.column : factor.column + part.numel()] += part
                 if tolerance.explains(float((total - g).abs().max()) / own if own else 0.0):
-                    out[number].append(layout)
+                    out[number].append(order)
             certain &= expected is not None and bool(expected.any())
         return out, certain
 

@@ -92,7 +92,7 @@ def _shape_in_bank(name: str, shape: torch.Size, num_experts: int) -> torch.Size
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """The parameters that carry influence: the core group, and one group of equal layout per expert.
+    """The parameters that carry influence: the core group, and one group of the same columns per expert.
 
     Attributes:
         core: parameters that are always active.
