@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 GraphNode: TypeAlias = Any
 """A node of the autograd graph."""
 
-StreamOrder: TypeAlias = str
-"""How the rows of a map are ordered: ``"outer"`` (stream by stream) or ``"inner"`` (step by step)."""
+StreamOrder: TypeAlias = Literal["outer", "inner"]
+"""How the rows of a map are ordered: stream by stream (``"outer"``) or step by step (``"inner"``)."""
+STREAM_ORDERS: tuple[StreamOrder, ...] = get_args(StreamOrder)
 
 
 @dataclass(frozen=True)
