@@ -106,7 +106,7 @@ ENGINE = [
     Fault(
         "missed_weak_coupling",
         "the states of streams without a cotangent may get a gradient",
-        "if back is not None and bool(back[silent.to(end.device)].any()):",
+        "if back is not None and bool(back[silent].any()):",
         "if False:",
         ("tests/learners/test_carry_edges.py::test_weak_coupling_in_float32_is_refused",),
     ),
@@ -123,7 +123,7 @@ ENGINE = [
     Fault(
         "rows_stay_reordered",
         "rows of a map that belong to other streams are taken as they are",
-        "            layouts = self._placed(rows_of, formulas, coefficients, tolerance)\n",
+        "            orders = self._placed(rows_of, verified, coefficients, tolerance)\n",
         "",
         ("tests/learners/test_carry_edges.py::test_rows_sorted_and_put_back_are_exact",),
     ),

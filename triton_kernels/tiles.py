@@ -173,7 +173,7 @@ def pack_terms(
         raise ValueError(
             f"deltas, zs and offsets must have one entry per parameter, got {len(deltas)}, {len(zs)} and {len(offsets)}"
         )
-    layout = []
+    sizes = []
     left, right = [], []
     for n, (delta, z, offset) in enumerate(zip(deltas, zs, offsets, strict=True)):
         delta = check(f"deltas[{n}]", delta, dtype, (count, w, None, None), device)
@@ -183,29 +183,29 @@ def pack_terms(
         if not 0 <= offset <= columns - size:
             raise ValueError(f"offsets[{n}] must leave room for {size} columns in N = {columns}, got {offset}")
         if tau and size:
-            layout.append((offset, m, z.shape[2], tau))
+            sizes.append((offset, m, z.shape[2], tau))
             left.append(delta.view(count, -1))
             right.append(z.view(count, -1))
-    if not layout:
+    if not sizes:
         return None
-    spans, entries = _tile_table(tuple(layout), w, columns, block_n, device)
+    spans, entries = _tile_table(tuple(sizes), w, columns, block_n, device)
     return Terms(torch.cat(left, 1), torch.cat(right, 1), spans, entries)
 
 
 @functools.cache  # captured CUDA graphs hold the addresses of what is in here
 def _tile_table(
-    layout: tuple[tuple[int, int, int, int], ...], w: int, columns: int, block_n: int, device: torch.device
+    sizes: tuple[tuple[int, int, int, int], ...], w: int, columns: int, block_n: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Terms of each column tile, as ``spans`` and ``entries`` of :class:`Terms`; made once for each layout."""
+    """Terms of each column tile, as ``spans`` and ``entries`` of :class:`Terms`; made once for the same sizes."""
     starts = []
     delta_start = z_start = 0
-    for _, m, j, tau in layout:
+    for _, m, j, tau in sizes:
         starts.append((delta_start, z_start))
         delta_start += w * tau * m
         z_start += tau * j
     spans, entries = [0], []
     for first in range(0, columns, block_n):
-        for (offset, m, j, tau), start in zip(layout, starts, strict=True):
+        for (offset, m, j, tau), start in zip(sizes, starts, strict=True):
             if offset < first + block_n and offset + m * j > first:
                 entries.append((offset, m, j, tau, *start))
         spans.append(len(entries))

@@ -26,7 +26,7 @@ Piece: TypeAlias = tuple[RecurrentParameter, Tensor, Tensor | None]
 
 
 @dataclass
-class Use:
+class RecordedCall:
     """One recognised call on parameters.
 
     Attributes:
@@ -58,7 +58,7 @@ class FactorCapture(TorchFunctionMode):
         repeated_experts: the same for every copy, ``(B * c, k)``.
         dense: names of the parameters that take the dense path.
         coarsest: the dtype of least precision that was computed in.
-        uses: recognised calls, in order.
+        calls: recognised calls, in order.
     """
 
     tracked: dict[int, RecurrentParameter]
@@ -68,7 +68,7 @@ class FactorCapture(TorchFunctionMode):
     repeated_experts: Tensor
     dense: set[str]
     coarsest: torch.dtype
-    uses: list[Use] = field(default_factory=list)
+    calls: list[RecordedCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class FactorCapture(TorchFunctionMode):
         self.coarsest = coarser(self.coarsest, y.dtype)
         if not y.requires_grad:
             y.requires_grad_()
-        self.uses.append(Use(tuple(p for p in parameters if p is not None), y, y._version, build))
+        self.calls.append(RecordedCall(tuple(p for p in parameters if p is not None), y, y._version, build))
         return y
 
     def one_row_each(self, z: Tensor) -> bool:

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from sparse_rtrl.capture.parameter_uses import (
+    STREAM_ORDERS,
     Factor,
-    Layout,
     SegmentGraph,
+    StreamOrder,
     Use,
     uses_of,
     without_hooks,
@@ -53,7 +54,7 @@ class GraphCapture:
         self.offsets = offsets
         self.noted: set[str] = set() if noted is None else noted
         self.dense = dense
-        self._known: dict[Any, dict[int, list[Layout]]] = {}
+        self._known: dict[Any, dict[int, list[StreamOrder]]] = {}
         self._coefficients: Tensor | None = None
 
     def segment(
@@ -117,14 +118,14 @@ class GraphCapture:
         # A complex output of a map has no real factors.
         in_complex = {use.parameter for use, g in of_uses if g.is_complex()}
         rows_of = [UseRows(use, g.to(end.dtype)) for use, g in of_uses if use.parameter not in in_complex]
-        formulas = self._formulas(end, entry, parameters, rows_of, cotangents, graph, tolerance)
-        layouts = {number: known[0] for number, known in formulas.items() if known}
-        factors, terms = self._join(self._pieces(rows_of, layouts), batch, count + 1, end)
+        verified = self._verified_orders(end, entry, parameters, rows_of, cotangents, graph, tolerance)
+        orders = {number: known[0] for number, known in verified.items() if known}
+        factors, terms = self._join(self._pieces(rows_of, orders), batch, count + 1, end)
         if not tolerance.explains(_disagreement(factors, coefficients, tolerance)):
             _check_linear(end, inputs, probe, found, tolerance)
-            layouts = self._placed(rows_of, formulas, coefficients, tolerance)
-            factors, terms = self._join(self._pieces(rows_of, layouts), batch, count + 1, end)
-        dense += [*sorted(in_complex), *(number for number in formulas if number not in layouts)]
+            orders = self._placed(rows_of, verified, coefficients, tolerance)
+            factors, terms = self._join(self._pieces(rows_of, orders), batch, count + 1, end)
+        dense += [*sorted(in_complex), *(number for number in verified if number not in orders)]
         self._note_dense(dense, graph)
         factors = factors[:, :count].contiguous()
         if dense:
@@ -142,30 +143,30 @@ class GraphCapture:
             kept = self._coefficients = PROBE_SCALE * drawn.to(like)
         return kept
 
-    def _pieces(self, rows_of: list[UseRows], layouts: dict[int, Layout]) -> list[tuple[int, Factor]]:
-        """Factors of the parameters that have a layout."""
+    def _pieces(self, rows_of: list[UseRows], orders: dict[int, StreamOrder]) -> list[tuple[int, Factor]]:
+        """Factors of the parameters that have an order."""
         out = []
         for use, delta in rows_of:
-            if use.parameter in layouts:
-                factor = use.build(delta, layouts[use.parameter])
+            if use.parameter in orders:
+                factor = use.build(delta, orders[use.parameter])
                 assert factor is not None
                 out.append((use.parameter, factor))
         return out
 
     def _placed(
-        self, rows_of: list[UseRows], formulas: dict[int, list[Layout]], coefficients: Tensor, tolerance: Tolerance
-    ) -> dict[int, Layout]:
-        """For each parameter a layout that puts all rows to their own streams; those without one are left out."""
-        out: dict[int, Layout] = {}
-        for number, layouts in formulas.items():
+        self, rows_of: list[UseRows], verified: dict[int, list[StreamOrder]], coefficients: Tensor, tolerance: Tolerance
+    ) -> dict[int, StreamOrder]:
+        """For each parameter an order that puts all rows to their own streams; those without one are left out."""
+        out: dict[int, StreamOrder] = {}
+        for number, orders in verified.items():
             mine = [rows for rows in rows_of if rows.use.parameter == number]
-            for layout in layouts:
-                factors = [factor for _, factor in self._pieces(mine, {number: layout})]
+            for order in orders:
+                factors = [factor for _, factor in self._pieces(mine, {number: order})]
                 wrong = [_disagreement(factor.delta.flatten(2), coefficients, tolerance) for factor in factors]
                 if all(tolerance.explains(error) for error in wrong):
-                    out[number] = layout
-                    layouts.remove(layout)
-                    layouts.insert(0, layout)  # tried first the next time
+                    out[number] = order
+                    orders.remove(order)
+                    orders.insert(0, order)  # tried first the next time
                     break
         return out
 
@@ -185,7 +186,7 @@ class GraphCapture:
                 uses += known
         return uses, dense
 
-    def _formulas(
+    def _verified_orders(
         self,
         end: Tensor,
         entry: Tensor | None,
@@ -194,20 +195,20 @@ class GraphCapture:
         cotangents: Tensor,
         graph: SegmentGraph,
         tolerance: Tolerance,
-    ) -> dict[int, list[Layout]]:
-        """For each parameter the layouts whose factors agreed with an ordinary backward pass for this kind of segment.
+    ) -> dict[int, list[StreamOrder]]:
+        """For each parameter the orders whose factors agreed with an ordinary backward pass for this kind of segment.
 
-        That a formula is right is remembered for segments of the same operations and shapes. That the rows belong to
+        That an order is right is remembered for segments of the same operations and shapes. That the rows belong to
         the streams is not: the probe shows it every time.
         """
         shapes = tuple((rows.use.parameter, tuple(rows.delta.shape)) for rows in rows_of)
         signature = (tuple(graph.names), shapes, entry is None)
-        formulas = self._known.get(signature)
-        if formulas is None:
-            formulas, certain = self._verified_formulas(end, entry, parameters, rows_of, cotangents, graph, tolerance)
+        verified = self._known.get(signature)
+        if verified is None:
+            verified, certain = self._verify_orders(end, entry, parameters, rows_of, cotangents, graph, tolerance)
             if certain:
-                self._known[signature] = formulas
-        return formulas
+                self._known[signature] = verified
+        return verified
 
     def _note_dense(self, numbers: list[int], graph: SegmentGraph) -> None:
         new = [] if self.dense else [self.names[number] for number in numbers if self.names[number] not in self.noted]
@@ -219,7 +220,7 @@ class GraphCapture:
             reason = "inside a function that torch.compile made, which hides how they are used"
         warnings.warn(f"{', '.join(new)}: {reason}; the dense one is computed instead (exact, slower)", stacklevel=2)
 
-    def _verified_formulas(
+    def _verify_orders(
         self,
         end: Tensor,
         entry: Tensor | None,
@@ -228,8 +229,8 @@ class GraphCapture:
         cotangents: Tensor,
         graph: SegmentGraph,
         tolerance: Tolerance,
-    ) -> tuple[dict[int, list[Layout]], bool]:
-        """For each parameter the layouts whose factors agree with an ordinary backward pass of half of the streams.
+    ) -> tuple[dict[int, list[StreamOrder]], bool]:
+        """For each parameter the orders whose factors agree with an ordinary backward pass of half of the streams.
 
         Also whether another segment may rely on it: not where nothing is seen because a gradient is zero, as that of a
         weight which multiplies a state of zeros.
@@ -237,45 +238,28 @@ class GraphCapture:
         Raises:
             ContractError: if the states of the other half get any gradient at all.
         """
-        batch, count = end.shape[0], len(cotangents)
         numbers = sorted({rows.use.parameter for rows in rows_of})
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        c = torch.randn(batch, count, device="cpu", generator=generator, dtype=torch.float64)
-        silent = torch.randperm(batch, device="cpu", generator=generator)[: batch // 2]
-        c[silent] = 0
-        c = c.to(end)
-        v = torch.einsum("bn,nbh->bh", c, cotangents)
         wanted = [*([] if entry is None else [entry]), *(parameters[n] for n in numbers)]
         if not wanted:
             return {}, False
+        coefficients, silent = _half_silent(end.shape[0], len(cotangents), end)
+        v = torch.einsum("bn,nbh->bh", coefficients, cotangents)
         truth = list(torch.autograd.grad(end, wanted, v, retain_graph=True, allow_unused=True))
         back = None if entry is None else truth.pop(0)
         if not all(bool(torch.isfinite(g).all()) for g in (back, *truth) if g is not None):
             return {n: ["outer"] for n in numbers}, False  # nothing to compare with; the caller refuses the segment
-        if back is not None and bool(back[silent.to(end.device)].any()):
+        if back is not None and bool(back[silent].any()):
             _refuse_coupled(graph)
-        certain = True
         scale = max((float(g.abs().max()) for g in truth if g is not None), default=0.0)
-        out: dict[int, list[Layout]] = {}
+        out: dict[int, list[StreamOrder]] = {}
         for number, expected in zip(numbers, truth, strict=True):
-            out[number] = []
             mine = [rows for rows in rows_of if rows.use.parameter == number]
-            size = parameters[number].numel()
-            g = end.new_zeros(size) if expected is None else expected.flatten().to(end.dtype)
-            own = max(float(g.abs().max()), 1e-2 * scale)
-            for layout in ("outer", "inner"):
-                factors = [rows.use.build(rows.delta[:count], layout) for rows in mine]
-                if any(factor is None for factor in factors):
-                    continue
-                total = end.new_zeros(size)
-                for factor in (f for f in factors if f is not None):
-                    pulled = torch.einsum("bn,bntm->btm", c, factor.delta)
-                    z = factor.z
-                    part = (pulled.sum((0, 1)) if z is None else torch.einsum("btm,btj->mj", pulled, z)).flatten()
-                    total[factor.column : factor.column + part.numel()] += part
-                if tolerance.explains(float((total - g).abs().max()) / own if own else 0.0):
-                    out[number].append(layout)
-            certain &= expected is not None and bool(expected.any())
+            g = end.new_zeros(parameters[number].numel()) if expected is None else expected.flatten().to(end.dtype)
+            size = max(float(g.abs().max()), 1e-2 * scale)
+            found = {order: _gradient(mine, order, coefficients, g) for order in STREAM_ORDERS}
+            errors = {order: float((of - g).abs().max()) for order, of in found.items() if of is not None}
+            out[number] = [order for order, e in errors.items() if tolerance.explains(e / size if size else 0.0)]
+        certain = all(expected is not None and bool(expected.any()) for expected in truth)
         return out, certain
 
     def _dense_pieces(
@@ -372,6 +356,35 @@ def _overflows(found: list[Tensor | None]) -> bool:
     """Whether gradients of the probe, the last row, are not finite where those of the other rows are."""
     given = [g for g in found if g is not None and g.dtype not in (torch.float32, torch.float64)]
     return any(bool(torch.isfinite(g[:-1].sum()) & ~torch.isfinite(g[-1].sum())) for g in given)
+
+
+def _half_silent(batch: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Random coefficients of the cotangents, ``(B, n)``, zero for half of the streams; and those streams."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    coefficients = torch.randn(batch, count, device="cpu", generator=generator, dtype=torch.float64)
+    silent = torch.randperm(batch, device="cpu", generator=generator)[: batch // 2]
+    coefficients[silent] = 0
+    return coefficients.to(like), silent.to(like.device)
+
+
+def _gradient(rows_of: list[UseRows], order: StreamOrder, coefficients: Tensor, like: Tensor) -> Tensor | None:
+    """The gradient of one parameter by the factors of its uses, flat; None if the order does not fit their shapes.
+
+    Args:
+        rows_of: its uses.
+        order: of the rows.
+        coefficients: of the cotangents, ``(B, n)``.
+        like: a tensor of the gradient's shape, ``(numel,)``.
+    """
+    total = torch.zeros_like(like)
+    for use, delta in rows_of:
+        factor = use.build(delta[: coefficients.shape[1]], order)
+        if factor is None:
+            return None
+        pulled, z = torch.einsum("bn,bntm->btm", coefficients, factor.delta), factor.z
+        part = (pulled.sum((0, 1)) if z is None else torch.einsum("btm,btj->mj", pulled, z)).flatten()
+        total[factor.column : factor.column + part.numel()] += part
+    return total
 
 
 def _disagreement(rows: Tensor, coefficients: Tensor, tolerance: Tolerance) -> float:

@@ -241,8 +241,8 @@ class JacobianCapture:
         dtype, Jh = state.dtype, None
         signature: list[Any] = [self.cell.training]
         if not self.all_dense:
-            Jh, core, expert, uses, dtype = self._expanded(x, state, routing, tensors, tracked, ran, flag)
-            signature += uses
+            Jh, core, expert, shapes, dtype = self._expanded(x, state, routing, tensors, tracked, ran, flag)
+            signature += shapes
         if self.dense:
             Jh, pieces, dtype = self._dense(x, state, routing, tensors, tracked, ran, Jh, dtype)
             signature += [(p.name, tuple(delta.shape)) for p, delta, _ in pieces]
@@ -262,7 +262,7 @@ class JacobianCapture:
         flag: Tensor | None,
         again: bool = False,
     ) -> tuple[Tensor, Factors, Factors, list[Any], torch.dtype]:
-        """One backward pass of repeated rows: ``Jh``, factors, their layout, and the coarsest dtype.
+        """One backward pass of repeated rows: ``Jh``, factors, their names and shapes, and the coarsest dtype.
 
         Each stream is repeated twice more than it has written entries. The cotangent of one copy is zero, and so must
         be its gradients; that of the other is a random combination of all, and its gradients must be that combination
@@ -278,7 +278,9 @@ class JacobianCapture:
         capture = FactorCapture(tracked, batch, copies, routing.experts, repeated.experts, set(self.dense), state.dtype)
         with capture:
             content = self._run_repeated(x, h_read, h_write, repeated, copies)
-        touched_in_place = {p.name for use in capture.uses if use.y._version != use.version for p in use.parameters}
+        touched_in_place = {
+            p.name for call in capture.calls if call.y._version != call.version for p in call.parameters
+        }
         self._note_dense(touched_in_place - self.dense)
         watched = [
             (p.name, t)
@@ -294,19 +296,20 @@ class JacobianCapture:
             ),
             1,
         )
-        inputs = [h, *(use.y for use in capture.uses), *(t for _, t in watched), *(p for _, p in others)]
+        inputs = [h, *(call.y for call in capture.calls), *(t for _, t in watched), *(p for _, p in others)]
         found = gradients(content, inputs, cotangent.reshape(content.shape))
-        of_h, of_uses, rest = found[0], found[1 : 1 + len(capture.uses)], found[1 + len(capture.uses) :]
+        of_h, of_calls, rest = found[0], found[1 : 1 + len(capture.calls)], found[1 + len(capture.calls) :]
         self._note_reached(watched, others, rest)
         Jh = state.new_zeros(batch, copies, h[0].numel()) if of_h is None else of_h.view(batch, copies, -1)
         pieces = [
             piece
-            for use, grad in zip(capture.uses, of_uses, strict=True)
+            for call, grad in zip(capture.calls, of_calls, strict=True)
             if grad is not None
-            for piece in use.build(grad)
+            for piece in call.build(grad)
             if piece[0].name not in self.dense
         ]
-        capture.uses.clear()  # they refer back to the capture: the expanded graph would live until a garbage collection
+        # They refer back to the capture: the expanded graph would live until a garbage collection.
+        capture.calls.clear()
         joined, terms = zip(
             *(
                 _side_by_side([piece for piece in pieces if piece[0].expert is kind], 0, state)
@@ -338,8 +341,8 @@ class JacobianCapture:
             Factors(without if rows is None else rows[..., :width, :].contiguous(), kind)
             for rows, kind, without in zip(joined, terms, (state.new_zeros(batch, width, 0), none), strict=True)
         )
-        layout = [(p.name, tuple(delta.shape)) for p, delta, _ in pieces]
-        return Jh[:, :width].to(state.dtype).contiguous(), core, expert, layout, capture.coarsest
+        shapes = [(p.name, tuple(delta.shape)) for p, delta, _ in pieces]
+        return Jh[:, :width].to(state.dtype).contiguous(), core, expert, shapes, capture.coarsest
 
     def _run_repeated(self, x: Tensor, h_read: Tensor, h_write: Tensor, repeated: Routing, copies: int) -> Tensor:
         """Written content of every stream repeated ``copies`` times, ``(B * copies, kw, D)``.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 GraphNode: TypeAlias = Any
 """A node of the autograd graph."""
 
-Layout: TypeAlias = str
-"""Where the streams are in the rows of a map: ``"outer"`` (stream by stream) or ``"inner"`` (step by step)."""
+StreamOrder: TypeAlias = Literal["outer", "inner"]
+"""How the rows of a map are ordered: stream by stream (``"outer"``) or step by step (``"inner"``)."""
+STREAM_ORDERS: tuple[StreamOrder, ...] = get_args(StreamOrder)
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class Use:
     Attributes:
         parameter: index of the parameter.
         node: the node of the map; its first output is differentiated.
-        build: from ``delta (rows, *output shape)`` and a layout to the factor; None if the layout does not fit the
+        build: from ``delta (rows, *output shape)`` and an order to the factor; None if the order does not fit the
             shapes.
     """
 
     parameter: int
     node: GraphNode
-    build: Callable[[Tensor, Layout], Factor | None]
+    build: Callable[[Tensor, StreamOrder], Factor | None]
 
 
 @dataclass(frozen=True)
@@ -272,19 +273,19 @@ def _normalised(node: GraphNode, name: str, position: int) -> Tensor | float | N
     return 1.0 if name == "ConvolutionBackward0" else None
 
 
-def _rows(delta: Tensor, batch: int, layout: Layout) -> Tensor | None:
+def _rows(delta: Tensor, batch: int, order: StreamOrder) -> Tensor | None:
     """``delta (n, R, m)`` with ``R = B * q`` rows to ``(B, n, q, m)``; None if ``R`` is not a multiple of ``B``."""
     count, rows, m = delta.shape
     if rows % batch:
         return None
-    if layout == "outer":
+    if order == "outer":
         return delta.reshape(count, batch, rows // batch, m).transpose(0, 1)
     return delta.reshape(count, rows // batch, batch, m).permute(2, 0, 1, 3)
 
 
-def _entries(z: Tensor, batch: int, layout: Layout) -> Tensor:
+def _entries(z: Tensor, batch: int, order: StreamOrder) -> Tensor:
     """``z (R, j)`` with ``R = B * q`` rows to ``(B, q, j)``."""
-    if layout == "outer":
+    if order == "outer":
         return z.reshape(batch, -1, z.shape[-1])
     return z.reshape(-1, batch, z.shape[-1]).transpose(0, 1)
 
@@ -315,11 +316,11 @@ def _product_use(operand: _Operand, node: GraphNode, name: str, position: int, b
     z, view = (other.T, operand.view.T) if on_the_left else (other, operand.view)
     (ins, _), (stride_in, stride_out) = view.shape, view.stride()
 
-    def build(delta: Tensor, layout: Layout) -> Factor | None:
-        d = _rows(delta.transpose(1, 2) if on_the_left else delta, batch, layout)
+    def build(delta: Tensor, order: StreamOrder) -> Factor | None:
+        d = _rows(delta.transpose(1, 2) if on_the_left else delta, batch, order)
         if d is None:
             return None
-        inputs = _entries(z.detach(), batch, layout).to(d.dtype) * scale
+        inputs = _entries(z.detach(), batch, order).to(d.dtype) * scale
         before = operand.column % max(stride_out, 1)
         if stride_in == 1 and before + ins <= stride_out:  # rows of the parameter are outputs, as in Factor
             if ins < stride_out:
@@ -334,12 +335,12 @@ def _elementwise(operand: _Operand, node: GraphNode, factor: Tensor | float, bat
     """``y = ... + factor * p`` with ``p`` broadcast to ``y``: the immediate Jacobian is ``factor * delta``, summed."""
     shape = operand.view.shape
 
-    def build(delta: Tensor, layout: Layout) -> Factor | None:
+    def build(delta: Tensor, order: StreamOrder) -> Factor | None:
         value = delta * factor
         own = value.dim() - 1 - len(shape)  # leading dimensions that p lacks
         if own < 1:
             return None
-        rows = _rows(value.reshape(value.shape[0], value.shape[1 : 1 + own].numel(), -1), batch, layout)
+        rows = _rows(value.reshape(value.shape[0], value.shape[1 : 1 + own].numel(), -1), batch, order)
         if rows is None:
             return None
         summed = rows.sum(2).unflatten(-1, value.shape[1 + own :]) if len(shape) else rows.sum((2, 3))
@@ -369,9 +370,9 @@ def _batch_normalised(node: GraphNode) -> Tensor:
 def _channelwise(operand: _Operand, node: GraphNode, factor: Tensor | float, batch: int) -> Use:
     """One number per channel of ``y (N, C, *)``: the immediate Jacobian is ``factor * delta``, summed over the rest."""
 
-    def build(delta: Tensor, layout: Layout) -> Factor | None:
+    def build(delta: Tensor, order: StreamOrder) -> Factor | None:
         value = (delta * factor).flatten(3).sum(3) if delta.dim() > 3 else delta * factor
-        rows = _rows(value, batch, layout)
+        rows = _rows(value, batch, order)
         return None if rows is None else _dense(operand, rows.sum(2))
 
     return Use(operand.parameter, node, build)
@@ -392,13 +393,13 @@ def _convolution(operand: _Operand, node: GraphNode, batch: int) -> Use | None:
     }
     kernel = (1, *weight.shape[2:]) if weight.dim() == 3 else weight.shape[2:]
 
-    def build(delta: Tensor, layout: Layout) -> Factor | None:
-        d = _rows(delta.flatten(2), batch, layout)  # (B, n, q, outputs * positions)
+    def build(delta: Tensor, order: StreamOrder) -> Factor | None:
+        d = _rows(delta.flatten(2), batch, order)  # (B, n, q, outputs * positions)
         if d is None:
             return None
         x = node._saved_input.detach().to(delta.dtype)
         patches = nn.functional.unfold(x.unsqueeze(2) if x.dim() == 3 else x, kernel, **options)  # (N, C K, positions)
-        inputs = _entries(patches.flatten(1), batch, layout).unflatten(-1, patches.shape[1:])
+        inputs = _entries(patches.flatten(1), batch, order).unflatten(-1, patches.shape[1:])
         d = d.unflatten(-1, (delta.shape[2], -1)).transpose(-1, -2)
         return Factor(operand.column, d.flatten(2, 3), inputs.transpose(-1, -2).flatten(1, 2))
 
@@ -408,11 +409,11 @@ def _convolution(operand: _Operand, node: GraphNode, batch: int) -> Use | None:
 def _embedding(operand: _Operand, node: GraphNode, batch: int) -> Use:
     index, padding = node._saved_indices, _signed(node._saved_padding_idx)
 
-    def build(delta: Tensor, layout: Layout) -> Factor | None:
-        d = _rows(delta.reshape(delta.shape[0], -1, operand.view.shape[-1]), batch, layout)
+    def build(delta: Tensor, order: StreamOrder) -> Factor | None:
+        d = _rows(delta.reshape(delta.shape[0], -1, operand.view.shape[-1]), batch, order)
         if d is None:
             return None
-        rows = _entries(index.reshape(-1, 1), batch, layout)  # (B, q, 1)
+        rows = _entries(index.reshape(-1, 1), batch, order)  # (B, q, 1)
         if padding >= 0:
             d = d * (rows != padding).unsqueeze(1)
         dense = d.new_zeros(batch, d.shape[1], *operand.view.shape)

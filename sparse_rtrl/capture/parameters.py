@@ -76,6 +76,28 @@ def _tensors_of(cell: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield f"{prefix}.{name}" if prefix else name, module, name
 
 
+class _TakenParameters:
+    """The parameters behind the tensors that were taken so far: none may be carried twice."""
+
+    def __init__(self) -> None:
+        self._plain: set[int] = set()
+        self._in_parametrizations: set[int] = set()
+
+    def take(self, name: str, sources: list[nn.Parameter], parametrized: bool) -> bool:
+        """Take the parameters behind a tensor; False if it is one that was taken under another name.
+
+        Raises:
+            ValueError: if a parametrization shares one of its parameters with another tensor.
+        """
+        ids = {id(source) for source in sources}
+        if not parametrized and ids <= self._plain:
+            return False
+        if ids & self._in_parametrizations or (parametrized and ids & self._plain):
+            raise ValueError(f"the parametrization of {name} shares a part of its parameters with another tensor")
+        (self._in_parametrizations if parametrized else self._plain).update(ids)
+        return True
+
+
 def _shape_in_bank(name: str, shape: torch.Size, num_experts: int) -> torch.Size:
     """Shape of one expert's part of a stacked parameter.
 
@@ -92,7 +114,7 @@ def _shape_in_bank(name: str, shape: torch.Size, num_experts: int) -> torch.Size
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """The parameters that carry influence: the core group, and one group of equal layout per expert.
+    """The parameters that carry influence: the core group, and one group of the same columns per expert.
 
     Attributes:
         core: parameters that are always active.
@@ -119,22 +141,16 @@ class ParameterGroups:
         }
         core: list[RecurrentParameter] = []
         experts: list[RecurrentParameter] = []
-        seen: set[int] = set()
-        seen_parametrized: set[int] = set()
+        taken = _TakenParameters()
         for name, owner, attribute in tensors:
             sources = _sources(owner, attribute)
             if name == "readout" or name.startswith("readout.") or not any(source.requires_grad for source in sources):
                 continue
-            shared = {id(source) for source in sources}
             expert = id(owner) in in_banks
-            if not expert and shared & expert_sources:
+            if not expert and expert_sources.intersection(map(id, sources)):
                 raise ValueError(f"parameter {name} is shared between an expert bank and another module")
-            parametrized = parametrize.is_parametrized(owner, attribute)
-            if shared <= seen and not parametrized:
-                continue  # the same parameter under another name
-            if shared & (seen_parametrized | (seen if parametrized else set())):
-                raise ValueError(f"the parametrization of {name} shares a part of its parameters with another tensor")
-            (seen_parametrized if parametrized else seen).update(shared)
+            if not taken.take(name, sources, parametrize.is_parametrized(owner, attribute)):
+                continue
             shape = getattr(owner, attribute).shape
             if expert:
                 shape = _shape_in_bank(name, shape, cell.num_experts)

@@ -265,7 +265,7 @@ def _core_factors(steps: Sequence[StepJacobian], deltas: list[Tensor]) -> GroupF
     batch = deltas[0].shape[0]
     every = torch.arange(batch, device=deltas[0].device)
     out = GroupFactors(every, every, [], [], [])
-    for indices in _equal_layouts([step.core.terms for step in steps]):
+    for indices in _alike_steps([step.core.terms for step in steps]):
         joined = torch.stack([deltas[i] for i in indices], 2)
         zs = [torch.stack(z, 1) if z else None for z in _inputs([steps[i].core.terms for i in indices])]
         _extend(out, steps[indices[0]].core.terms, joined, zs)
@@ -317,7 +317,7 @@ def _extend_joined(
     join: Callable[[list[Tensor], list[int]], Tensor],
 ) -> None:
     """Add the experts' terms of steps; ``join`` puts values ``(B, k, ...)`` of some steps into ``(M, uses, ...)``."""
-    for indices in _equal_layouts([step.expert.terms for step in steps]):
+    for indices in _alike_steps([step.expert.terms for step in steps]):
         joined = join([deltas[i] for i in indices], indices).transpose(1, 2)  # (M, w, uses, Σ)
         zs = [join(z, indices) if z else None for z in _inputs([steps[i].expert.terms for i in indices])]
         _extend(out, steps[indices[0]].expert.terms, joined, zs)
@@ -353,12 +353,12 @@ def _fixed_expert_factors(
     return out, pairs[:, count:].flatten()
 
 
-def _equal_layouts(terms: list[tuple[Term, ...]]) -> list[list[int]]:
-    """Indices of the steps whose terms are laid out alike; all of them unless a parameter took the dense path late."""
+def _alike_steps(terms: list[tuple[Term, ...]]) -> list[list[int]]:
+    """Indices of the steps with equal columns and sizes of terms; all unless a parameter took the dense path late."""
     groups: dict[tuple[tuple[int, int, int, bool], ...], list[int]] = {}
     for index, step_terms in enumerate(terms):
-        layout = tuple((term.offset, term.tau, term.m, term.z is None) for term in step_terms)
-        groups.setdefault(layout, []).append(index)
+        columns = tuple((term.offset, term.tau, term.m, term.z is None) for term in step_terms)
+        groups.setdefault(columns, []).append(index)
     return list(groups.values())
 
 
@@ -368,7 +368,7 @@ def _inputs(terms: list[tuple[Term, ...]]) -> list[list[Tensor]]:
 
 
 def _extend(out: GroupFactors, terms: tuple[Term, ...], deltas: Tensor, zs: list[Tensor | None]) -> None:
-    """Add the terms of one layout: ``deltas (M, w, n, Σ)``, ``zs (M, n, τ, j)``; sums over ``n`` where ``z = 1``."""
+    """Add terms to the factors: ``deltas (M, w, n, Σ)``, ``zs (M, n, τ, j)``; sums over ``n`` where ``z = 1``."""
     for term, z in zip(terms, zs, strict=True):
         part = deltas[..., term.delta_slice].unflatten(-1, (term.tau, term.m))  # (M, w, n, τ, m)
         if z is None:

@@ -217,18 +217,18 @@ def _through(part: AlikeSteps, t: int, v: Tensor) -> Tensor:
 
 
 def _alike(parts: Sequence[AlikeSteps]) -> list[list[AlikeSteps]]:
-    """Consecutive parts whose terms are laid out alike, together."""
+    """Consecutive parts whose terms have the same columns and rows, together."""
     out: list[list[AlikeSteps]] = []
     for part in parts:
-        if out and _layout(out[-1][0]) == _layout(part):
+        if out and _columns_and_rows(out[-1][0]) == _columns_and_rows(part):
             out[-1].append(part)
         else:
             out.append([part])
     return out
 
 
-def _layout(part: AlikeSteps) -> list[tuple[int, Rows, bool, int]]:
-    """What terms are laid out alike by; the last entry says which terms share their ``d``."""
+def _columns_and_rows(part: AlikeSteps) -> list[tuple[int, Rows, bool, int]]:
+    """Columns and rows of each term, whether its ``z`` is 1, and the first term that has the same ``d``."""
     first: dict[int, int] = {}
     return [
         (term.offset, term.rows, term.z is None, first.setdefault(id(term.d), number))
@@ -256,7 +256,8 @@ def commit_(P: Tensor, chains: Sequence[StepChain]) -> None:
     for first in range(0, len(steps), size):
         block = steps[first : first + size]
         phi, phis = _phis(block, batch, hidden)
-        for uses, starts, width, m in _columns(block, chains[0].parameters):
+        for group in _sharing_d(block, chains[0].parameters):
+            m, width = group[0].outputs, sum(parameter.inputs for parameter in group)
             per_output = (width + len(block)) * batch * hidden * P.element_size()
             outputs = max(1, min(m, SCRATCH_BYTES // per_output))
             if scratch.numel() < batch * hidden * outputs * width:
@@ -265,39 +266,58 @@ def commit_(P: Tensor, chains: Sequence[StepChain]) -> None:
                 high = min(m, low + outputs)
                 # d does not depend on the parameter: weight and bias of a map share what reaches the new state.
                 deltas = [
-                    _gather(phis[:, use.places], _cut(use.rows, low, high))
-                    * use.d[:, :, low:high].transpose(0, 1).unsqueeze(2)
-                    for use in uses[0]
+                    _gather(phis[:, terms.places], _cut(terms.rows, low, high))
+                    * terms.d[:, :, low:high].transpose(0, 1).unsqueeze(2)
+                    for terms in group[0].terms
                 ]  # (B, n, H, high - low)
-                for own, (start, inputs) in zip(uses, starts, strict=True):
-                    columns = slice(start + low * inputs, start + high * inputs)
+                for parameter in group:
+                    inputs = parameter.inputs
+                    columns = slice(parameter.start + low * inputs, parameter.start + high * inputs)
                     count = (high - low) * inputs
                     new = scratch[: batch * hidden * count].view(batch, hidden, count)
                     torch.bmm(phi, P[:, :hidden, columns], out=new)
-                    for use, delta in zip(own, deltas, strict=True):
-                        if use.z is None:
+                    for terms, delta in zip(parameter.terms, deltas, strict=True):
+                        if terms.z is None:
                             new += delta.sum(1)
                         else:
                             rows = new.view(batch, hidden * (high - low), inputs)
-                            rows.baddbmm_(delta.flatten(2).transpose(1, 2), use.z.transpose(0, 1))
+                            rows.baddbmm_(delta.flatten(2).transpose(1, 2), terms.z.transpose(0, 1))
                     P[:, :hidden, columns] = new
 
 
-def _columns(
+@dataclass(frozen=True)
+class _JoinedTerms:
+    """Terms of one parameter in the steps ``places`` of a block, ``d (n, B, M)`` and ``z (n, B, J)``."""
+
+    places: slice | list[int]
+    rows: Rows
+    d: Tensor
+    z: Tensor | None
+
+
+@dataclass(frozen=True)
+class _ParameterTerms:
+    """What a block adds to the columns of one parameter, ``(outputs, inputs)`` from ``start`` on."""
+
+    start: int
+    outputs: int
+    inputs: int
+    terms: list[_JoinedTerms]
+
+
+def _sharing_d(
     block: list[tuple[AlikeSteps, int]], parameters: list[RecurrentParameter]
-) -> list[tuple[list[list[_Use]], list[tuple[int, int]], int, int]]:
-    """Parameters whose terms share every ``d``, together: uses, (first column, inputs) of each, all inputs, outputs."""
-    together: dict[tuple[int, ...], list[tuple[list[_Use], int, int, int]]] = {}
+) -> list[list[_ParameterTerms]]:
+    """The terms of every parameter in a block; parameters whose terms share every ``d`` stand together."""
+    together: dict[tuple[int, ...], list[_ParameterTerms]] = {}
     joined: dict[tuple[int, ...], Tensor] = {}
     for number, parameter in enumerate(parameters):
-        uses = _uses(block, parameter.start, joined)
-        m = rows_count(uses[0].rows) if uses else parameter.shape.numel()
-        entry = (uses, parameter.start, parameter.shape.numel() // max(m, 1), m)
-        together.setdefault(tuple(id(use.d) for use in uses) or (-1 - number,), []).append(entry)
-    return [
-        ([e[0] for e in entries], [(e[1], e[2]) for e in entries], sum(e[2] for e in entries), entries[0][3])
-        for entries in together.values()
-    ]
+        terms = _joined_terms(block, parameter.start, joined)
+        outputs = rows_count(terms[0].rows) if terms else parameter.shape.numel()
+        inputs = parameter.shape.numel() // max(outputs, 1)
+        key = tuple(id(t.d) for t in terms) or (-1 - number,)  # without terms it stands alone
+        together.setdefault(key, []).append(_ParameterTerms(parameter.start, outputs, inputs, terms))
+    return list(together.values())
 
 
 def _single_steps(chains: Sequence[StepChain]) -> list[tuple[AlikeSteps, int]]:
@@ -317,17 +337,9 @@ def _phis(steps: list[tuple[AlikeSteps, int]], batch: int, hidden: int) -> tuple
     return phi, phis
 
 
-@dataclass(frozen=True)
-class _Use:
-    """Terms of one parameter in the steps ``places`` of a block, ``d (n, B, M)`` and ``z (n, B, J)``."""
-
-    places: slice | list[int]
-    rows: Rows
-    d: Tensor
-    z: Tensor | None
-
-
-def _uses(steps: list[tuple[AlikeSteps, int]], offset: int, joined: dict[tuple[int, ...], Tensor]) -> list[_Use]:
+def _joined_terms(
+    steps: list[tuple[AlikeSteps, int]], offset: int, joined: dict[tuple[int, ...], Tensor]
+) -> list[_JoinedTerms]:
     """The terms of a parameter in a block, those of equal rows joined over the steps; ``joined`` keeps shared ones."""
     found: dict[tuple[Rows, int], list[tuple[range, OneRowTerm, slice]]] = {}
     position = 0
@@ -352,7 +364,7 @@ def _uses(steps: list[tuple[AlikeSteps, int]], offset: int, joined: dict[tuple[i
         if key not in joined:
             joined[key] = torch.cat([term.d[when] for _, term, when in entries])
         zs = [term.z[when] for _, term, when in entries if term.z is not None]
-        out.append(_Use(places, rows, joined[key], torch.cat(zs) if zs else None))
+        out.append(_JoinedTerms(places, rows, joined[key], torch.cat(zs) if zs else None))
     return out
 
 

@@ -396,7 +396,7 @@ class Influence:
         Raises:
             ValueError: if it came from other shapes or another way to catch up; nothing is changed then.
         """
-        self._check_layout(state)
+        self._check_parameters(state)
         saved = None if state["plan"] is None else Plan(**state["plan"])
         self._check_plan(saved)
         window = [restore(captured) for captured in state["window"]]
@@ -413,12 +413,14 @@ class Influence:
         self.window = window
         self.window_key = object()
 
-    def _check_layout(self, state: dict[str, Any]) -> None:
+    def _check_parameters(self, state: dict[str, Any]) -> None:
         """Refuse a saved state of other parameters or shapes."""
-        layout = [(p.name, p.start) for p in self.groups.all]
+        expected_parameters = [(p.name, p.start) for p in self.groups.all]
         given = [(name, start) for name, start in state["parameters"]]
-        if given != layout:
-            raise ValueError(f"state must be of a cell with parameters {layout}, got {given}: it is of another cell")
+        if given != expected_parameters:
+            raise ValueError(
+                f"state must be of a cell with parameters {expected_parameters}, got {given}: it is of another cell"
+            )
         for name in _TENSORS:
             expected, got = getattr(self, name), state[name]
             if expected.shape != got.shape or expected.dtype != got.dtype:

@@ -148,25 +148,7 @@ class BlockRTRL:
                 " get_expert_latent_activated(model, info) returned them"
             )
         engine = self._engine_for(model)
-        if tuple(h_t.shape) != (self.B, model.num_slots, model.slot_size):
-            raise ValueError(
-                f"h_t must have shape {(self.B, model.num_slots, model.slot_size)}, got {tuple(h_t.shape)}"
-            )
-        named = {id(p): name for name, p in [*self.state_params.items(), *model.named_parameters()]}
-        if isinstance(h_t, nn.Parameter) or id(h_t) in named:
-            name = named.get(id(h_t), "from outside the model")
-            raise ValueError(
-                f"h_t must not be trainable, got parameter {name}: a trained first state is not carried"
-                " here. Use RTRL, which carries initial_state of the cell, or detach it"
-            )
-        if not h_t.is_leaf:
-            raise ValueError("h_t must be detached from the step before: h_t = h_next.detach()")
-        if x_t.requires_grad:
-            raise ValueError("x_t must not require a gradient: make the parameters before the model a part of it")
-        if loss is not None and not loss.requires_grad:
-            raise ValueError("loss must depend on the model's output; it does not require a gradient")
-        if loss is not None and not h_t.requires_grad:
-            raise ValueError("h_t must be the very tensor that was given to the model, which marks it for gradients")
+        self._check_tensors(model, x_t, h_t, loss)
         entered, after = h_t.detach(), info["h_next"].detach()
         self._check_entered(entered)
         routing = engine.checked_routing(Routing(*(info[key] for key in _INFO[:3])))
@@ -187,6 +169,32 @@ class BlockRTRL:
         engine.influence.commit()
         engine.flush()
         self._left, self._restarted = after.clone(), torch.zeros_like(self._restarted)
+
+    def _check_tensors(self, model: SlotCell, x_t: Tensor, h_t: Tensor, loss: Tensor | None) -> None:
+        """Refuse a state, an input or a loss that reaches beyond this one step.
+
+        Raises:
+            ValueError: naming which.
+        """
+        if tuple(h_t.shape) != (self.B, model.num_slots, model.slot_size):
+            raise ValueError(
+                f"h_t must have shape {(self.B, model.num_slots, model.slot_size)}, got {tuple(h_t.shape)}"
+            )
+        named = {id(p): name for name, p in [*self.state_params.items(), *model.named_parameters()]}
+        if isinstance(h_t, nn.Parameter) or id(h_t) in named:
+            name = named.get(id(h_t), "from outside the model")
+            raise ValueError(
+                f"h_t must not be trainable, got parameter {name}: a trained first state is not carried"
+                " here. Use RTRL, which carries initial_state of the cell, or detach it"
+            )
+        if not h_t.is_leaf:
+            raise ValueError("h_t must be detached from the step before: h_t = h_next.detach()")
+        if x_t.requires_grad:
+            raise ValueError("x_t must not require a gradient: make the parameters before the model a part of it")
+        if loss is not None and not loss.requires_grad:
+            raise ValueError("loss must depend on the model's output; it does not require a gradient")
+        if loss is not None and not h_t.requires_grad:
+            raise ValueError("h_t must be the very tensor that was given to the model, which marks it for gradients")
 
     def _check_entered(self, state: Tensor) -> None:
         """Refuse a state that is not the one the step before ended with, in streams that were not reset."""

@@ -114,43 +114,45 @@ def _state_violations(routing: Routing, h: Tensor, new: Tensor, output: Tensor, 
 def _parameter_violations(
     x: Tensor, h: Tensor, routing: Routing, new: Tensor, output: Tensor, cell: SlotCell
 ) -> list[str]:
-    named = [(n, p) for n, p in cell.named_parameters() if p.requires_grad]
+    named = {n: p for n, p in cell.named_parameters() if p.requires_grad}
     in_banks = {id(p) for m in cell.modules() if isinstance(m, ExpertBank) for p in m.parameters()}
     generator = torch.Generator(device="cpu").manual_seed(0)
     of_state, of_output = (
         torch.randn(value.shape, device="cpu", generator=generator, dtype=torch.float64).to(value)
         for value in (new, output)
     )
-
-    def gradients(value: Tensor, cotangent: Tensor) -> list[Tensor]:
-        if not value.requires_grad:
-            return [torch.zeros_like(p) for _, p in named]
-        grads = torch.autograd.grad(value, [p for _, p in named], cotangent, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, (_, p) in zip(grads, named, strict=True)]
-
     out = []
     reached: set[str] = set()
     for stream in range(len(h)):
-        only = torch.zeros(len(h), dtype=torch.float64, device=h.device)
-        only[stream] = 1.0
-        state_grads = gradients(new, of_state * only.view(-1, *[1] * (new.dim() - 1)))
-        output_grads = gradients(output, of_output * only.view(-1, *[1] * (output.dim() - 1)))
+        state_grads = _gradients(new, of_state, stream, named)
+        output_grads = _gradients(output, of_output, stream, named)
         idle = [e for e in range(cell.num_experts) if e not in routing.experts[stream].tolist()]
-        for (name, parameter), state_grad, output_grad in zip(named, state_grads, output_grads, strict=True):
-            if bool(state_grad.any()) or bool(output_grad.any()):
+        for name, parameter in named.items():
+            reaches_state = bool(state_grads[name].any())
+            if reaches_state or bool(output_grads[name].any()):
                 reached.add(name)
-            if name.startswith("readout.") and bool(state_grad.any()):
+            if name.startswith("readout.") and reaches_state:
                 out.append(f"readout parameter {name} reaches the state of stream {stream}")
             if id(parameter) in in_banks:
-                both = (state_grad.abs() + output_grad.abs()).flatten(1).sum(1)
+                both = (state_grads[name].abs() + output_grads[name].abs()).flatten(1).sum(1)
                 wrong = [e for e in idle if bool(both[e])]
                 if wrong:
                     out.append(f"inactive experts {wrong} have influence through {name} in stream {stream}")
-    out += [f"no gradient reaches parameter {name}" for name, _ in named if name not in reached]
+    out += [f"no gradient reaches parameter {name}" for name in named if name not in reached]
     h_read, h_write = gather_slots(h, routing.read), gather_slots(h, routing.write)
     if not torch.equal(cell.transition(x, h_read, h_write, routing), cell.update(x, h_read, h_write, routing)[0]):
         out.append("transition differs from what update returns first")
     return out
+
+
+def _gradients(value: Tensor, cotangent: Tensor, stream: int, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Gradients of parameters for the part ``value[stream]`` of ``value (B, ...)``, zeros where there are none."""
+    if not value.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in named.items()}
+    only = torch.zeros_like(cotangent)
+    only[stream] = cotangent[stream]
+    grads = torch.autograd.grad(value, list(named.values()), only, retain_graph=True, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
 
 
 def check_diagonal_cell(cell: DiagonalCell, x: Tensor, h: Tensor) -> None:

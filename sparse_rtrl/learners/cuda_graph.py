@@ -58,6 +58,17 @@ def run_directly(functions: Sequence[Callable[[], None]]) -> Sequence[Callable[[
     return functions
 
 
+@contextmanager
+def _restored(*tensors: Tensor) -> Iterator[None]:
+    """Give tensors their values back when the block ends, whatever ran in it."""
+    kept = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+
+
 @dataclass
 class _Segment:
     """Fixed tensors of one segment length, and what runs on them.
@@ -222,39 +233,33 @@ class FixedSteps:
     def _new_segment(self, xs: Tensor) -> _Segment:
         if reason := self._obstacle():
             raise CannotRecord(reason)
-        engine, influence = self.engine, self.engine.influence
-        segment = _Segment(xs.clone())
-        changed = (influence.core, influence.experts, self.state, self.finite, self.agrees)
-        kept = [t.clone() for t in changed]
-
-        def restore() -> None:
-            for target, source in zip(changed, kept, strict=True):
-                target.copy_(source)
-
-        side = torch.cuda.Stream() if xs.is_cuda else None
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream())
+        segment, influence = _Segment(xs.clone()), self.engine.influence
         try:
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self._forward(segment, None)
-                    segment.cotangent = torch.zeros_like(segment.outputs)
-                    self._backward(segment)
-            if side is not None:
-                torch.cuda.current_stream().wait_stream(side)
-            if engine.capture.dense:
-                raise CannotRecord(f"{', '.join(sorted(engine.capture.dense))}: their dense immediate Jacobians")
-            halves = [functools.partial(self._forward, segment, self.agrees)]
-            halves += [functools.partial(half, segment) for half in (self._backward, self._commit)]
-            recorded = self.record(halves)
-            segment.forward, segment.backward, segment.commit = recorded
+            with _restored(influence.core, influence.experts, self.state, self.finite, self.agrees):
+                self._warm_up(segment)
+                if dense := self.engine.capture.dense:
+                    raise CannotRecord(f"{', '.join(sorted(dense))}: their dense immediate Jacobians")
+                halves = [functools.partial(self._forward, segment, self.agrees)]
+                halves += [functools.partial(half, segment) for half in (self._backward, self._commit)]
+                segment.forward, segment.backward, segment.commit = self.record(halves)
         except CannotRecord:
             raise
         except RuntimeError as error:
             raise CannotRecord(str(error).splitlines()[0]) from error
-        finally:
-            restore()
         return segment
+
+    def _warm_up(self, segment: _Segment) -> None:
+        """Run a segment a few times, on a stream of its own where the device has streams."""
+        side = torch.cuda.Stream() if segment.xs.is_cuda else None
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._forward(segment, None)
+                segment.cotangent = torch.zeros_like(segment.outputs)
+                self._backward(segment)
+        if side is not None:
+            torch.cuda.current_stream().wait_stream(side)
 
     def _obstacle(self) -> str:
         """Why a cell cannot be recorded, as far as it shows before it was run; empty if nothing does."""

@@ -188,19 +188,28 @@ def select(
         return reference
     if backend == "auto":
         _tell_of_reference(device.type)
-    if backend in COMPILED:
-        kind, _ = COMPILED[backend]
-        problem = compiled_problem if backend == "cpp" else cuda_problem
-        if device.type != kind:
-            raise BackendError(f"backend '{backend}' is for {kind}, the tensors are on {device}: use backend='auto'")
-        if dtype not in COMPILED_DTYPES:
-            raise BackendError(f"backend '{backend}' is for float32 and float64, got {dtype}: use backend='reference'")
-        if problem:
-            raise BackendError(
-                f"backend '{backend}' needs the compiled operations for {kind}: {problem}. {_remedy(kind)}, or use"
-                " backend='auto' or 'reference'"
-            )
+    else:
+        _check_compiled(backend, device, dtype)
     return _DISPATCHED
+
+
+def _check_compiled(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a backend of compiled operations that is not there for the device and dtype.
+
+    Raises:
+        BackendError: with the remedy.
+    """
+    kind, _ = COMPILED[backend]
+    problem = compiled_problem if backend == "cpp" else cuda_problem
+    if device.type != kind:
+        raise BackendError(f"backend '{backend}' is for {kind}, the tensors are on {device}: use backend='auto'")
+    if dtype not in COMPILED_DTYPES:
+        raise BackendError(f"backend '{backend}' is for float32 and float64, got {dtype}: use backend='reference'")
+    if problem:
+        raise BackendError(
+            f"backend '{backend}' needs the compiled operations for {kind}: {problem}. {_remedy(kind)}, or use"
+            " backend='auto' or 'reference'"
+        )
 
 
 def fused(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:

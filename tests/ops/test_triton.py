@@ -663,14 +663,14 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
 
 
 def test_tile_table_covers_every_column_once():
-    layout = ((0, 3, 5, 2), (15, 40, 1, 1), (60, 1, 100, 4))
-    spans, entries = tiles._tile_table(layout, 7, 170, 32, torch.device("cpu"))
+    sizes = ((0, 3, 5, 2), (15, 40, 1, 1), (60, 1, 100, 4))
+    spans, entries = tiles._tile_table(sizes, 7, 170, 32, torch.device("cpu"))
     seen = torch.zeros(3, 170, dtype=torch.int64)
     for tile, (first, last) in enumerate(zip(spans[:-1].tolist(), spans[1:].tolist(), strict=True)):
         for offset, m, j, tau, _, _ in entries[first:last].tolist():
-            term = layout.index((offset, m, j, tau))
+            term = sizes.index((offset, m, j, tau))
             seen[term, max(offset, tile * 32) : min(offset + m * j, tile * 32 + 32)] += 1
-    for term, (offset, m, j, _) in enumerate(layout):
+    for term, (offset, m, j, _) in enumerate(sizes):
         assert seen[term].sum() == m * j and (seen[term, offset : offset + m * j] == 1).all()
 
 
