@@ -9,7 +9,8 @@ one before (token shift) and train on the same number of sequences, whose length
   segments of 8 steps (the influence is moved every ``--commit-every`` steps, which changes nothing in the gradient) and
   by truncated BPTT with the same segments;
 - *without allocation* (slots written by importance, half of them at a step), *without all reads* (half of the slots
-  are read), *without softmax* (sigmoid weights), *without shift*: the same slot cell with one thing changed, by BPTT, whose gradient is that of RTRL;
+  are read), *without softmax* (sigmoid weights), *without shift*: the same slot cell with one thing changed, by BPTT,
+  whose gradient is that of RTRL;
 - *retention*, *lru*, *gru*: linear attention, a linear recurrent unit and a GRU of as many state entries, by BPTT
   through the whole sequence. Retention takes the shift in its keys.
 
