@@ -15,6 +15,7 @@ import haystack_long
 import memory
 import pytest
 import recall
+import slot_memory
 import stack_approximation
 import torch
 import truncation_bias
@@ -191,3 +192,10 @@ def test_a_long_scoring_goes_on_where_it_was(tmp_path):
         other = stream()
         other.load_state_dict(position)
         assert haystack_long.score(cell, other, entered) == whole
+
+
+def test_slot_memory(tmp_path):
+    arguments = ["--pairs", "2", "--seeds", "2", "--updates", "220", "--stretch", "1.2", "--sequences", "50"]
+    (row,) = slot_memory.main([*arguments, "--variants", "recipe", "--out", str(tmp_path / "it")])
+    assert min(row["accuracy"]["19"]) > 0.9
+    assert json.loads((tmp_path / "it").read_text())["rows"] == [row]

@@ -191,6 +191,28 @@ def test_other_instruction_sets(cpu: str) -> None:
     assert run.returncode == 0, run.stderr.decode()
 
 
+def test_reads_that_change_while_a_window_is_open() -> None:
+    """A step goes back through the read weights that it was run with, also where they are changed behind it."""
+    x, c = problem(6, 2)
+    cell = make_cell("softmax")
+    kinds = ["softmax"] * 3 + ["sigmoid"] * 3
+    state, losses = cell.initial_state(2), []
+    for x_t, c_t, kind in zip(x, c, kinds, strict=True):
+        cell.read_weights = kind
+        output, _, state = cell(x_t, state)
+        losses.append((output * c_t).sum())
+    torch.stack(losses).sum().backward()
+    expected = gradients_of(cell)
+    cell.zero_grad()
+    cell.read_weights = "softmax"
+    learner = RTRL(cell, batch_size=2, commit_every=8)
+    for x_t, c_t, kind in zip(x, c, kinds, strict=True):
+        cell.read_weights = kind
+        (learner(x_t) * c_t).sum().backward()
+    learner.flush()
+    assert error(gradients_of(cell), expected) <= 1e-12
+
+
 def test_cells_that_run_their_own_code() -> None:
     class Changed(SlotMoECell):
         pass
