@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_rtrl.triton_kernels import launch
 
 TILE_BYTES = 4096
-"""Of influence that a program holds of one stream: several times as many numbers as it has threads."""
+"""Bytes of influence of one stream that a program holds: several numbers per thread."""
 
 MAX_BLOCK_J = 256
 """Columns of a tile, at most."""

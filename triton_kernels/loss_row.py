@@ -62,8 +62,8 @@ def loss_row_kernel(
 def loss_row_(P: Tensor, u: Tensor, groups: Tensor, seed: Tensor | None = None) -> None:
     """Add to the loss row of some influence matrices, in place: ``P[g, H] += u P[g, :H]``.
 
-    The gradient that sleeping experts are owed is one such call for all (stream, expert) pairs, with a negative group
-    for the pairs that are owed nothing: which those are is known on the device alone. Bytes of influence moved:
+    The deferred gradient of sleeping experts is one such call for all (stream, expert) pairs. Pairs without one have a
+    negative group: which those are is known on the device alone. Bytes of influence moved:
     ``itemsize * M * N * (H + 2)``.
 
     Args:

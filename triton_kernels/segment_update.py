@@ -15,7 +15,7 @@ from sparse_rtrl.triton_kernels.product import multiply_state, multiply_terms, s
 from sparse_rtrl.triton_kernels.tiles import choose_segment_tile, pack_terms
 
 SCRATCH_BYTES = 64 * 2**20
-"""Most that one call keeps in scratch; more columns than fit are done one part after the other."""
+"""Bytes of scratch that one call takes at most; columns that do not fit are done in parts, one after the other."""
 
 
 @triton.jit

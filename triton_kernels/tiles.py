@@ -192,7 +192,7 @@ def pack_terms(
     return Terms(torch.cat(left, 1), torch.cat(right, 1), spans, entries)
 
 
-@functools.cache  # captured CUDA graphs hold the addresses of what is in here
+@functools.cache  # captured CUDA graphs hold the addresses of the tensors in this cache
 def _tile_table(
     sizes: tuple[tuple[int, int, int, int], ...], w: int, columns: int, block_n: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

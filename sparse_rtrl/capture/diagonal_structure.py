@@ -180,7 +180,7 @@ def derivatives(
 
 
 def direct_reads(cell: DiagonalCell, variables: list[Tensor], leaves: list[Tensor]) -> list[str]:
-    """What a step reads itself and must not: the trainable tensors in its graph beside ``leaves``, any shapes."""
+    """What a step reads itself, but must not: trainable tensors in its graph beside ``leaves``, any shapes."""
     given = {id(leaf) for leaf in leaves}
     read = [variable for variable in variables if id(variable) not in given]
     names = {id(p): name for name, p in cell.named_parameters()} if read else {}

@@ -153,7 +153,7 @@ def _linear(capture: FactorCapture, z: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _lost(parameter: RecurrentParameter | None, tensor: Tensor | None) -> bool:
-    """Whether detaching the tensor would lose a gradient that nothing records."""
+    """Whether detaching the tensor would lose its gradient: it requires one, and is not recorded."""
     return parameter is None and tensor is not None and tensor.requires_grad
 
 

@@ -20,7 +20,7 @@ from sparse_rtrl.ops import dispatch
 from sparse_rtrl.ops.reference import slot_entries
 
 COMPARED = 4
-"""Most steps of a call that are compared with the cell's own code."""
+"""At most this many steps of a call are compared with the cell's own code."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class FusedCapture:
         """
         try:
             self._compare(steps, slots, state, new_state, tensors, verifier, number)
-        except ContractError:  # at a kink rounding alone may do that: once more from a state nearby
+        except ContractError:  # at a kink, rounding alone may do that: once more from a state nearby
             state = nearby(state.detach())
             steps, slots, new_state = self.run(steps.inputs, state, tensors)
             self._compare(steps, slots, state, new_state, tensors, verifier, number)
@@ -327,7 +327,7 @@ class FusedCapture:
 
 
 def _slots(chosen: Tensor) -> Tensor:
-    """Chosen slots ``(B, S)`` bool as indices ``(B, most)``; a stream that has fewer gets others too."""
+    """Chosen slots ``(B, S)`` bool as indices ``(B, most)``; a stream that has fewer is filled up."""
     most = int(chosen.sum(1).max())
     return chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
 

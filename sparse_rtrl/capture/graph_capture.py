@@ -36,9 +36,9 @@ class GraphCapture:
     """Captures segments of any differentiable code.
 
     Beside the rows of the Jacobian every backward pass takes one more, the *probe*: a random combination of all rows,
-    with other coefficients for every stream, and scaled. It shows in every segment what may change from one to the
-    next: streams that influence each other, rows that do not belong to the stream that their place says, and backward
-    passes that are not linear. A new kind of segment is also compared with an ordinary backward pass.
+    with different coefficients for every stream, and scaled. It finds faults that any segment may bring: streams that
+    influence each other, rows that stand in the place of another stream, and backward passes that are not linear. A new
+    kind of segment is also compared with an ordinary backward pass.
 
     Args:
         names: names of the parameters that are carried, for messages.
@@ -102,7 +102,7 @@ class GraphCapture:
         coefficients = self._coefficients_for(batch, count, end)
         probe = torch.einsum("bn,nbh->bh", coefficients, cotangents)
         found = _batched_grad(end, inputs, torch.cat((cotangents, probe.unsqueeze(0))), graph)
-        if _overflows(found):  # half precision has no room for large probes
+        if _overflows(found):  # a large probe overflows in half precision
             coefficients, probe = coefficients / PROBE_SCALE, probe / PROBE_SCALE
             found = _batched_grad(end, inputs, torch.cat((cotangents, probe.unsqueeze(0))), graph)
         tolerance = Tolerance(end, found, graph)
@@ -135,7 +135,7 @@ class GraphCapture:
         return J, Factors(factors, terms)
 
     def _coefficients_for(self, batch: int, count: int, like: Tensor) -> Tensor:
-        """Coefficients of the cotangents in the probe, ``(B, n)``: other ones for every stream."""
+        """Coefficients of the cotangents in the probe, ``(B, n)``: different ones for every stream."""
         kept = self._coefficients
         if kept is None or kept.shape != (batch, count) or kept.dtype != like.dtype or kept.device != like.device:
             generator = torch.Generator().manual_seed(0)
@@ -156,7 +156,7 @@ class GraphCapture:
     def _placed(
         self, rows_of: list[UseRows], verified: dict[int, list[StreamOrder]], coefficients: Tensor, tolerance: Tolerance
     ) -> dict[int, StreamOrder]:
-        """For each parameter an order that puts all rows to their own streams; those without one are left out."""
+        """For each parameter an order that gives every stream its own rows; parameters without one are left out."""
         out: dict[int, StreamOrder] = {}
         for number, orders in verified.items():
             mine = [rows for rows in rows_of if rows.use.parameter == number]
@@ -232,8 +232,8 @@ class GraphCapture:
     ) -> tuple[dict[int, list[StreamOrder]], bool]:
         """For each parameter the orders whose factors agree with an ordinary backward pass of half of the streams.
 
-        Also whether another segment may rely on it: not where nothing is seen because a gradient is zero, as that of a
-        weight which multiplies a state of zeros.
+        Also whether later segments may rely on the result. They may not if a gradient was zero, as that of a weight
+        that multiplies a state of zeros: the comparison then shows nothing.
 
         Raises:
             ContractError: if the states of the other half get any gradient at all.
@@ -300,7 +300,7 @@ class GraphCapture:
         terms = []
         for number, factor in pieces:
             tau, m = factor.delta.shape[-2:]
-            # A copy: it may be the caller's memory, who may use it again before the segment is committed.
+            # A copy: the memory may belong to the caller, who may reuse it before the segment is committed.
             z = None if factor.z is None else factor.z.to(like.dtype).clone(memory_format=torch.contiguous_format)
             terms.append(Term(self.offsets[number] + factor.column, start, tau, m, z))
             start += tau * m
@@ -329,7 +329,7 @@ class Tolerance:
     def __init__(self, end: Tensor, found: list[Tensor | None], graph: SegmentGraph) -> None:
         probed = [g[-1] for g in found if g is not None and g.numel()]
         self.smallest = end.new_zeros(())
-        """Smaller values of the probe may be what is left of larger ones: a hundredth of the largest."""
+        """A hundredth of the probe's largest value: smaller ones may be rounding errors of larger ones."""
         if probed:
             self.smallest = 1e-2 * torch.stack([g.abs().amax().to(end.dtype) for g in probed]).amax()
         self._dtypes = {end.dtype, *(g.dtype for g in probed)}
@@ -342,7 +342,7 @@ class Tolerance:
         return min(0.2, 50 * _rounding(self._dtypes, self._cuda, self._graph) ** 0.75)
 
     def explains(self, error: float) -> bool:
-        """Whether rounding explains a relative error; one that is not finite is left to the check of the segment."""
+        """Whether rounding explains a relative error; what is not finite is refused elsewhere."""
         if error <= self._relative or not math.isfinite(error):
             return True
         if not self._whole_graph:

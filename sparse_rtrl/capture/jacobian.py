@@ -30,7 +30,7 @@ from sparse_rtrl.ops.precision import full_precision
 from sparse_rtrl.ops.reference import slot_entries
 
 ROWS_TOGETHER = 4096
-"""Most rows, one per stream and written state entry, of steps that are captured together: bounds their memory."""
+"""Steps are captured together up to this many rows, one per stream and written state entry. It bounds the memory."""
 
 
 class JacobianCapture:
@@ -56,7 +56,7 @@ class JacobianCapture:
         self._weights: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found out about ``update``: it decides which steps are captured together, and so how they round."""
+        """What was found out about ``update``. It decides which steps are captured together, and so their rounding."""
         return {"dense": sorted(self.dense), "checked": sorted(self._checked, key=repr)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ class JacobianCapture:
         ran: list[Tensor] | None,
         flag: Tensor | None = None,
     ) -> list[StepJacobian]:
-        """Capture consecutive steps together: a step that was run is only rows of a batch, as its streams are.
+        """Capture consecutive steps together: once they have run, their streams are rows of one larger batch.
 
         Args:
             xs: inputs ``(n, B, ...)``.
@@ -264,9 +264,9 @@ class JacobianCapture:
     ) -> tuple[Tensor, Factors, Factors, list[Any], torch.dtype]:
         """One backward pass of repeated rows: ``Jh``, factors, their names and shapes, and the coarsest dtype.
 
-        Each stream is repeated twice more than it has written entries. The cotangent of one copy is zero, and so must
-        be its gradients; that of the other is a random combination of all, and its gradients must be that combination
-        of theirs. Else rows influence each other, or were given to a map in another order.
+        Each stream is repeated once for every written entry, and twice more. The first extra copy has a cotangent of
+        zero, so its gradients must be zero. The second has a random combination of all cotangents, so its gradients
+        must be the same combination of theirs. If not, rows influence each other, or a map got them in another order.
         """
         batch, slot_size = state.shape[0], state.shape[2]
         width = routing.write.shape[1] * slot_size
@@ -323,18 +323,18 @@ class JacobianCapture:
         nothing = Jh.new_zeros((), dtype=torch.bool)
         differs = nothing if ran is None else _differs(content, ran, copies, tolerance)
         if flag is not None:
-            # Without what one can look at here a kink could not be told from rows that influence each other.
+            # Without ``mixed``, which a kink may cause too: to tell the two apart takes a look at values.
             flag.logical_and_(~(torch.stack([*idle, differs]).any() & torch.isfinite(Jh.sum())))
         elif bool(torch.stack([*idle, *mixed, differs]).any()):
             if ran is not None and bool(differs):
                 self._refuse_difference(content.detach(), x, state, routing, ran, tolerance)
-            if all(bool(torch.isfinite(rows).all()) for rows in checked):  # others refuse what is not finite
+            if all(bool(torch.isfinite(rows).all()) for rows in checked):  # what is not finite is refused elsewhere
                 _refuse_coupled(bool(idle[0]), again and bool(mixed[0]))
                 if again:
                     # Rows in another order, or an influence through the input alone: the dense path is for those.
                     bad = {p.name for p, d, _ in pieces if any(_row_problems(d.flatten(-2), weights, tolerance))}
                     self._note_dense(bad | self.dense)
-                else:  # at a kink rounding alone may do that: once more from a state nearby
+                else:  # at a kink, rounding alone may do that: once more from a state nearby
                     self._expanded(x, nearby(state), routing, tensors, tracked, None, None, again=True)
         none = state.new_zeros(batch, self._carried(routing).experts.shape[1], width, 0)
         core, expert = (
@@ -656,11 +656,11 @@ def _through(v: Tensor, Jh: Tensor) -> Tensor:
 
 
 def _wrong(found: Tensor, truth: Tensor | None, tolerance: float, least: float) -> bool:
-    """Whether a gradient disagrees; the error counts relative to its largest entry, which counts as at least a size."""
+    """Whether a gradient disagrees; the error is relative to its largest entry, or to a size if that is larger."""
     if truth is None:
         return bool(found.any())
     if not bool(torch.isfinite(truth).all()):
-        return False  # others refuse such a step
+        return False  # such a step is refused elsewhere
     error, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (found - truth, truth))
     return error > tolerance * max(size, least)
 

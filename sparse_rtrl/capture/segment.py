@@ -326,7 +326,7 @@ def _extend_joined(
 def _fixed_expert_factors(
     steps: Sequence[StepJacobian], deltas: list[Tensor], num_experts: int
 ) -> tuple[GroupFactors, Tensor]:
-    """As :func:`_expert_factors` for ``min(E, n k)`` experts of each stream, the used ones first; and all others."""
+    """As :func:`_expert_factors`, for ``min(E, n k)`` experts of each stream, used ones first; and the other pairs."""
     batch, device = deltas[0].shape[0], deltas[0].device
     every = torch.arange(batch, device=device).unsqueeze(1)
     if num_experts == 0:

@@ -1,4 +1,4 @@
-"""A segment of steps of a one-layer cell, kept as what each step is made of instead of as matrices.
+"""A segment of steps of a one-layer cell, kept as the parts of each step instead of as matrices.
 
 Where every state entry of a step is an element-wise function of a few linear maps of the state before it, as in Elman,
 GRU and LSTM cells, an output of a map reaches the new state through one entry per tensor of the state. The Jacobians of
@@ -27,7 +27,7 @@ Rows: TypeAlias = tuple[tuple[int, int], ...]
 """State entries that the entries of a tensor reach, as consecutive runs (first entry, length)."""
 
 SCRATCH_BYTES = 16 * 2**20
-"""About as much scratch takes one block of columns of a commit."""
+"""Scratch memory of one block of columns in a commit, about."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ SAMPLE = 64
 """``"sample"`` compares one segment in this many, on average."""
 
 PROBE_SCALE = -(2.0**20)
-"""What a probe of the backward pass is scaled by: a power of two, so that a linear one scales exactly, and negative, so
-that one which looks at the sign shows too."""
+"""What a probe of the backward pass is scaled by. A power of two, so that a linear backward pass scales exactly;
+negative, so that one that depends on the sign is noticed too."""
 
 STATE = "the state"
 OTHER_STREAMS = "the states of other streams"
@@ -73,7 +73,7 @@ class Verifier:
         drawn = self._one_in == 1
         if self._one_in > 1:
             drawn = int(torch.randint(self._one_in, (), device="cpu", generator=self._generator)) == 0
-        # What is compared because of hooks must not change what is drawn later: hooks differ when a run is resumed.
+        # A comparison because of hooks must not change later draws: a resumed run may have other hooks.
         self._source = self._generator if drawn or not hooked else torch.Generator(device="cpu").manual_seed(1)
         return drawn or hooked
 
@@ -136,7 +136,7 @@ class Verifier:
                 mine.new_zeros(()) if its is None or not its.numel() else its.abs().amax().to(errors[-1].dtype)
             )
         error, size = torch.stack([e.double() for e in errors]), torch.stack([s.double() for s in sizes])
-        # Where autograd's own gradient is not finite there is nothing to compare with; others refuse such a segment.
+        # Where autograd's own gradient is not finite there is nothing to compare with; it is refused elsewhere.
         limit = tolerance * torch.maximum(size, 1e-2 * size.max())
         limit *= torch.tensor([name != OTHER_STREAMS for name in names], device=limit.device)  # not even rounding
         bad = (error > limit) & torch.isfinite(size.sum())
@@ -159,7 +159,7 @@ class Verifier:
                 _refuse(bad, names, step, stream, reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides about the segments to come; verdicts are read first."""
+        """What decides which segments are compared next; verdicts are read first."""
         self.settle()
         return {"generator": self._generator.get_state(), "compared": self.compared}
 

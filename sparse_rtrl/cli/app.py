@@ -703,7 +703,7 @@ def plan(
     **Examples**
 
     - `sparse-rtrl plan` — 4 slots, 64 experts, an optimizer step every 64 steps
-    - `sparse-rtrl plan --flush-every 1` — stepping the optimizer at every token pays every expert at every token
+    - `sparse-rtrl plan --flush-every 1` — an optimizer step at every token, and before it every deferred gradient
     - `sparse-rtrl plan --num-slots 64 --num-experts 256 --measure`
     """
     from sparse_rtrl.cli.commands import show_plan

@@ -18,10 +18,10 @@ from sparse_rtrl.ops import dispatch
 from sparse_rtrl.ops.precision import full_precision
 
 MAX_WINDOW = 16
-"""Most steps that a window collects unless it is told otherwise."""
+"""A window collects at most this many steps by default."""
 
 _SMALL_WINDOW = 16 << 20
-"""Bytes that capturing a window may take for a moment even where the influence is small."""
+"""Bytes that capturing a window may always take for a moment, however small the influence is."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class CapturedSteps:
 def recorded_steps(
     projections: tuple[Projection, ...], values: list[Tensor], states: list[Tensor], number: int
 ) -> RecordedSteps:
-    """What some steps were run with: copies of all that may change afterwards, the states of a single step excepted.
+    """What some steps were run with: copies of all that may change afterwards, except the states of a single step.
 
     Args:
         projections: of the ``n * B`` rows of the steps.
@@ -85,7 +85,7 @@ def recorded_steps(
             inputs.append(None)
             continue
         x = projection.x
-        if id(x) not in copies:  # often a view of what the caller passed, who may use that memory again
+        if id(x) not in copies:  # often a view of the caller's memory, who may reuse it
             copies[id(x)] = x.detach().to(real, copy=True)
         inputs.append(copies[id(x)])
     if steps == 1:
@@ -147,7 +147,7 @@ class DiagonalInfluence:
         self.commit_every = 1
         """Steps that the window may collect."""
         self.commit_at_loss = False
-        """Whether a loss of the newest segment commits the window, full or not."""
+        """Whether a loss of the newest segment commits the window even if it is not full."""
         self.window: list[int] = []
         """Steps of each segment of the window."""
         self.window_key: object = object()
@@ -199,9 +199,9 @@ class DiagonalInfluence:
         return sum(self.window) >= self.commit_every
 
     def suggested_window(self) -> int:
-        """Steps to collect in a window: up to :data:`MAX_WINDOW`, in little memory beside the influence."""
+        """Steps to collect in a window: up to :data:`MAX_WINDOW`, if they need little memory beside the influence."""
         entries = self._like.shape[1:].numel() * self._like.element_size()
-        # The state, its derivative, and the values and theirs, once more while they are taken and joined.
+        # The state and the values, with a derivative each; all of it twice while derivatives are taken and joined.
         per_step = 4 * (1 + sum(self.kept)) * self.batch_size * entries
         return min(MAX_WINDOW, max(1, max(_SMALL_WINDOW, self.kept_bytes // 8) // per_step))
 
@@ -248,7 +248,7 @@ class DiagonalInfluence:
             values.append(_joined(parts))
         decays, by_value, new = derivatives(self.cell, before, values, self.kept)
         after = [part.after for part in recorded if part.after is not None]
-        if forgotten is not None:  # they may hold NaN, for which these streams start anew
+        if forgotten is not None:  # they may hold NaN: that is why these streams start anew
             mask = forgotten.repeat(len(decays) // self.batch_size).view(-1, *[1] * dims)
             decays, new = decays.masked_fill(mask, 0), new.masked_fill(mask, 0)
             by_value = [None if d is None else d.masked_fill(mask, 0) for d in by_value]
@@ -416,7 +416,7 @@ class DiagonalInfluence:
             direct, u = self.through(self._capture(), before, u)
         newest = position == len(self.window) - 1
         if newest and (self.commit_at_loss or (self.is_full and position == 0)):
-            past = self._commit(u)  # nothing that is still to come needs the influence as it is now
+            past = self._commit(u)  # no later loss needs the influence as it is now
         else:
             past = self.carried(u)
         return [p if p is None or d is None else p + d for p, d in zip(past, (*direct, None), strict=True)]
@@ -447,7 +447,7 @@ class DiagonalInfluence:
     def reset(self, streams: Tensor | None = None) -> None:
         """Forget the past of streams.
 
-        The window is committed for the others; of all streams it is forgotten too, whatever it holds.
+        The window is committed for the others. If all streams are forgotten, the window is dropped, whatever it holds.
 
         Args:
             streams: mask ``(B,)`` bool; None for all.
@@ -496,7 +496,7 @@ class DiagonalInfluence:
         device = self._like.device
         captured, recorded = _copied(state["captured"], device), _copied(state["recorded"], device)
         self._captured = None if captured is None else CapturedSteps(**captured)
-        # What older versions saved had its kept tensors trained, and does not say where the steps ended.
+        # In what older versions saved, every kept tensor was trained, and it is not said where the steps ended.
         older = {"after": None, "trained": [[True, True]] * len(self.matrices)}
         self._recorded = [RecordedSteps(**{**older, **part}) for part in recorded]
 
@@ -549,7 +549,7 @@ def _real(like: Tensor) -> torch.dtype:
 
 
 def _copied(saved: Any, device: torch.device | None = None) -> Any:
-    """A copy of nested dicts and lists of tensors, on a device; those that are one stay one."""
+    """A copy of nested dicts and lists of tensors, on a device; tensors that were one object stay one."""
     known: dict[int, Tensor] = {}
 
     def copied(value: Any) -> Any:

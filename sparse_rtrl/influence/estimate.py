@@ -25,7 +25,7 @@ MAX_SEGMENT = 1024
 """Longest segment that is suggested: a segment keeps the activations of its steps."""
 
 MAX_WINDOW_STEPS = 64
-"""Most steps that ``Carry(commit_every="auto")`` lets a window collect."""
+"""``Carry(commit_every="auto")`` lets a window collect at most this many steps."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def estimate(
 
 
 def tree_bytes(cell: SlotCell, batch_size: int, routing: Routing, buffer: int, commit_every: int, item: int) -> int:
-    """Most bytes that a circular tree takes, ``min(S, 2^level k)`` blocks a side at each level, see ``nbytes`` there.
+    """Bytes of a circular tree at most, ``min(S, 2^level k)`` blocks a side at each level, see ``nbytes`` there.
 
     Args:
         cell: the cell.
@@ -292,7 +292,7 @@ def available_bytes(device: torch.device) -> int:
     """Free memory of a device, or of the machine for the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil  # a machine that only runs the kernels on its GPU may be without it
+    import psutil  # psutil may be missing on a machine that only runs the kernels on its GPU
 
     return psutil.virtual_memory().available
 

@@ -19,7 +19,7 @@ except ImportError:  # not built for this Python: the same plans, later
 
 CatchUp = Literal["auto", "eager", "replay", "product"]
 DEFAULT_BUFFER = 64
-"""Segments that are kept where nothing chose another number."""
+"""Segments that are kept unless another number is chosen."""
 
 
 @dataclass(frozen=True)

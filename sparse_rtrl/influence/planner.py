@@ -17,7 +17,7 @@ from typing import Any
 PATHS = ("replay", "product", "auto")
 """Ways to catch up: segment by segment, by one product at every wake-up, or by the cheaper of both at each gap."""
 LONGEST = 4096
-"""Most segments that are kept unless the buffer is given."""
+"""At most this many segments are kept unless the buffer is given."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,18 @@ class Planner:
         self.merge_seconds = cache(self._merge_seconds)
 
     def filled(self, slots: float) -> float:
-        """Slots that so many draws fill at most."""
+        """Most slots that this many draws can fill."""
         return min(self.num_slots, slots)
 
     def apply_seconds(self, rows: float, cols: float) -> float:
-        """One pass of an expert's influence through a map of so many rows and columns, in slots."""
+        """One pass of an expert's influence through a map of this many rows and columns, in slots."""
         return max(
             2.0 * (rows * self.size + 1.0) * cols * self.size * self.columns / self.flops,
             self.itemsize * (rows + cols) * self.size * self.columns / self.bytes,
         )
 
     def _replay_seconds(self, gap: int) -> float:
-        """Catching up through so many segments, one after the other."""
+        """Catching up through this many segments, one after the other."""
         one = 2.0 * (self.rows * self.size + 1.0) * self.cols * self.size * self.columns / self.flops
         return max(gap * one, 2.0 * self.itemsize * self.hidden * self.columns / self.bytes)
 
@@ -132,7 +132,7 @@ class Planner:
         return (nodes - 1.0) * self.merge_seconds(gap) + whole
 
     def _merge_seconds(self, segments: int) -> float:
-        """Merge of two nodes whose product covers so many segments."""
+        """Merge of two nodes whose product covers this many segments."""
         D = self.size
         rows, cols = self.filled(segments * self.rows / 2.0), self.filled(segments * self.cols / 2.0)
         work = 2.0 * (rows * D + 1.0) * rows * D * cols * D / (0.6 * self.flops)

@@ -80,19 +80,19 @@ class Influence:
         self.last_update = torch.zeros(batch_size, experts, dtype=torch.int64, device=device)
         self.influenced = torch.zeros(batch_size, experts, dtype=torch.bool, device=device)
         self.awake = torch.full((batch_size, experts), catch_up == "eager", device=device)
-        """Experts whose matrix is that of the entry of the current window."""
+        """Experts whose matrix is up to date at the entry of the current window."""
         self._every_pair = torch.ones_like(self.influenced).nonzero()
         self.handed_out = torch.zeros(batch_size, experts, hidden, **options)
-        """Part of a sleeping expert's loss row vector that :meth:`flush` has handed out already."""
+        """Part of a sleeping expert's loss row vector whose gradient :meth:`flush` has handed out already."""
         self.window: list[Captured] = []
         """Steps that were captured and not committed yet, oldest first, all of one class."""
         self.window_loss_row = torch.zeros(batch_size, hidden, **options)
         """``dL/dh`` at the entry of the current window, of the losses of its steps so far."""
         self.window_key = object()
-        """Identity of the current window: a backward pass is in time while its own is still this one."""
+        """Identity of the current window. A backward pass comes in time if its window is still this one."""
         self.commits = 0
         self.events: Counter[str] = Counter()
-        """How often things happened: wakes, expiries, replays, products, payments of deferred gradients."""
+        """How often things happened: wakes, expiries, replays, products, deferred gradients handed out."""
         self.tree: CircularTree | None = None
         self.plan: Plan | None = None
         """How sleeping experts are kept; None until the first step, where it takes the sizes of a step to decide."""
@@ -328,7 +328,7 @@ class Influence:
         self.last_update[streams] = self.commits
         if self.tree is not None:
             self.tree.reset(streams)
-        if self.window:  # all streams start anew: nothing that is still to come can need it
+        if self.window:  # all streams start anew: nothing later needs it
             last = self.window[-1]
             self._new_window()
             self.awake.fill_(self.tree is None)
@@ -430,7 +430,7 @@ class Influence:
                 )
 
     def _check_plan(self, saved: Plan | None) -> None:
-        """Refuse a saved state whose experts sleep in another way than was asked for here."""
+        """Refuse a saved state whose experts are kept in another way than this learner was asked for."""
         if saved is None:
             return
         eager = self.catch_up == "eager" or not self.groups.num_experts
@@ -572,7 +572,7 @@ def check_finite(step: int, values: dict[str, Tensor]) -> None:
     """
     for name, value in values.items():
         if cmath.isfinite(value.detach().sum().item()):
-            continue  # unlike a mask of every number, a sum costs one pass; it is only too strict where it overflows
+            continue  # one pass, unlike a mask of every number; too strict only where the sum overflows
         bad = ~torch.isfinite(value.detach()).flatten(1).all(1)
         if bool(bad.any()):
             raise NonFiniteError(step, bad.nonzero().flatten().tolist(), name)

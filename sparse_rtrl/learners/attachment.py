@@ -1,4 +1,4 @@
-"""What ties a learner to an optimizer: deferred gradients come before each step, and not into changed gradients."""
+"""What ties a learner to an optimizer: deferred gradients are added before each step, never to a changed one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class Attachment:
     """Adds deferred gradients before every step of an optimizer.
 
-    A deferred gradient belongs to the gradient as the backward passes left it. If ``.grad`` was clipped, unscaled or
-    otherwise changed since, adding to it would be wrong, so the step is refused. For that the gradient is copied as
-    often as it is accumulated into.
+    A deferred gradient must be added to ``.grad`` as the backward passes left it. If ``.grad`` was clipped, unscaled or
+    otherwise changed since, adding would be wrong, so the step is refused. To notice this, ``.grad`` is copied each
+    time that something is accumulated into it.
 
     Args:
         optimizer: the optimizer.

@@ -265,7 +265,7 @@ class BlockRTRL:
             _load(self._engine, state)
 
     def __copy__(self) -> BlockRTRL:
-        """One of the same model that stands where this one does, and goes its own way."""
+        """An independent copy for the same model, which goes on from where this one stands."""
         shared: list[Any] = list(self.state_params.values())
         if self._engine is not None:
             cell = self._engine.cell

@@ -40,7 +40,7 @@ class _Entry:
         self.before: list[Tensor] = []
         """The parameters when a loss went back through a segment that was still open."""
         self.returned = self.time = 0
-        """When the segment began and when that was, as autograd counts."""
+        """Numbers of autograd's nodes: when the segment began, and when that loss went back."""
         self.thread = threading.get_ident()  # autograd counts in every thread by itself
 
     def check_unchanged(self, graph: SegmentGraph) -> None:
@@ -82,7 +82,7 @@ class _Entry:
 
 
 def _time() -> int:
-    """The number of the node that autograd makes next."""
+    """The number that autograd gives to the next node it makes."""
     with torch.enable_grad():
         return int(torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr())  # type: ignore[union-attr]
 
@@ -331,7 +331,7 @@ class Carry:
     def check(self, step: Step, xs: Sequence[Any], state: Any) -> dict[str, float]:
         """Compare the gradient of a new ``Carry`` with these options with backpropagation through the whole past.
 
-        Nothing of this one changes, nor ``.grad``. The loss is a random combination of every new state.
+        This ``Carry`` and ``.grad`` do not change. The loss is a random combination of every new state.
 
         Args:
             step: runs one segment: ``step(x, state)`` returns the new state, such as ``lambda x, h: model(x, h)[1]``.
@@ -348,7 +348,7 @@ class Carry:
         return compare_with_bptt(fresh, step, xs, state)
 
     def __copy__(self) -> Carry:
-        """A ``Carry`` of the same module that goes on by itself."""
+        """An independent ``Carry`` of the same module, which goes on from where this one stands."""
         shared: list[Any] = [*self.module.modules(), *self.module.parameters(), *self.module.buffers()]
         return copy.deepcopy(self, {id(each): each for each in shared})
 
@@ -459,7 +459,7 @@ class Carry:
         ]
 
     def _check_reached(self, graph: SegmentGraph) -> None:
-        """Refuse what reaches the state and is carried by nobody: other tensors, and states of earlier segments."""
+        """Refuse what reaches the state but is not carried: other trainable tensors, and states of earlier segments."""
         if any(isinstance(getattr(node, "entry", None), _Entry) for node in graph.nodes):
             raise RuntimeError(
                 "the state depends on a state that carry returned earlier than the last one, or on one of another"
@@ -494,7 +494,7 @@ class Carry:
                 )
 
     def _note_joining(self, selected: list[RecurrentParameter]) -> None:
-        """Tell of parameters that join while a stream is carried."""
+        """Warn of parameters that join while a stream is carried."""
         trainable = {p.name for p in selected if p.trainable}
         new = sorted(trainable - self._trainable) if self._past.segments else []
         if new:
@@ -561,7 +561,7 @@ class _ComplexParameter(RecurrentParameter):
 
 
 def _explained(error: RuntimeError) -> RuntimeError | None:
-    """What an error of autograd means for the loop; None if it means something else."""
+    """What an error of autograd says about the user's loop; None if it has another cause."""
     for words, meaning in _MEANINGS.items():
         if words in str(error):
             return RuntimeError(meaning)

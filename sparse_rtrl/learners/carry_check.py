@@ -50,7 +50,7 @@ def compare_with_bptt(carry: CarriesState, step: Step, xs: Sequence[Any], h: Any
             for end_segment in (_stay, carry):
                 for _, p in named:
                     p.grad = None
-                with torch.random.fork_rng(devices):  # both draw the same
+                with torch.random.fork_rng(devices):  # both passes draw the same random numbers
                     _run(end_segment, step, xs, h)
                 found.append([torch.zeros_like(p) if p.grad is None else p.grad for _, p in named])
     finally:

@@ -1,4 +1,4 @@
-"""A learning step of fixed shapes without a look at any value, recorded once as CUDA graphs and replayed.
+"""A learning step of fixed shapes that looks at no value on the host, recorded once as CUDA graphs and replayed.
 
 Two graphs, split at the output, because the criterion is the user's: the first runs a segment and captures its
 Jacobians; the second takes ``dL/doutput`` backwards, forms the loss row with the influence at the entry, and commits.
@@ -6,8 +6,8 @@ Work that otherwise depends on what was chosen has a fixed size here: every expe
 of several steps covers all slots.
 
 A recorded segment reads copies of the parameters that it takes first, so that what changes them before its backward
-pass changes nothing in it. Whether what was captured is what ran, and no row of the batch influences another, is noted
-on the device and read without waiting for it: one replay late.
+pass changes nothing in it. Two checks are noted on the device: that what was captured is what ran, and that no row of
+the batch influences another. The host reads them without waiting, one replay late.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WARM_UPS = 3
 """Runs before a recording: capture is checked in the first two, and libraries allocate what they need."""
 
 Record: TypeAlias = Callable[[Sequence[Callable[[], None]]], Sequence[Callable[[], None]]]
-"""From functions on fixed tensors to what repeats what they did."""
+"""From functions on fixed tensors to functions that repeat what they did."""
 
 
 class CannotRecord(RuntimeError):
@@ -114,7 +114,7 @@ class FixedSteps:
         self.state = state.clone()
         """State after the last segment; changed in place."""
         self.finite = torch.ones((), dtype=torch.bool, device=state.device)
-        """Whether everything was finite so far; on the device, since a look at it waits for the device."""
+        """Whether everything was finite so far; kept on the device, since reading it waits for the device."""
         self.agrees = torch.ones((), dtype=torch.bool, device=state.device)
         """Whether what was captured was what ran so far, row by row; on the device."""
         self._read = torch.ones((), dtype=torch.bool, pin_memory=state.is_cuda)
@@ -148,7 +148,7 @@ class FixedSteps:
         """
         if self.engine.influence is not self._influence:
             raise CannotRecord("a parameter was unfrozen")
-        # What is recorded reads the parameters where they are: new ones, or others that train, are recorded anew.
+        # A recording reads the parameters where they lie in memory: record again if they moved, or others train.
         now = [(p.data_ptr(), p.requires_grad) for p in self.engine.cell.parameters()]
         if now != self._recorded_with:
             self._segments.clear()
@@ -192,13 +192,13 @@ class FixedSteps:
         return segment.gradient.clone()
 
     def finish(self) -> None:
-        """Commit the last segment if no loss of it came."""
+        """Commit the last segment if none of its losses went backwards."""
         if self._pending is not None:
             self._pending.commit()
             self._pending = None
 
     def check_agreement(self) -> None:
-        """Report that a replay did not capture what it ran, as far as that has arrived; does not wait for the device.
+        """Report a replay that did not capture what it ran, if that is known by now; does not wait for the device.
 
         Raises:
             ContractError: once; the influence has moved through the replay already.
@@ -262,7 +262,7 @@ class FixedSteps:
             torch.cuda.current_stream().wait_stream(side)
 
     def _obstacle(self) -> str:
-        """Why a cell cannot be recorded, as far as it shows before it was run; empty if nothing does."""
+        """Why a cell cannot be recorded, as far as this shows before it runs; empty if it seems possible."""
         cell = self.engine.cell
         for name, parameter in cell.named_parameters():
             if parameter._backward_hooks:

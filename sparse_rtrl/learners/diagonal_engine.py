@@ -32,7 +32,7 @@ _REASON = (
 
 
 class _Entry(SegmentEntry):
-    """The entry of a segment, which answers nothing while the segment is verified."""
+    """The entry of a segment, which gives no gradient while the segment is verified."""
 
     verifying = False
 
@@ -221,7 +221,7 @@ class DiagonalEngine:
         return initial if initial.requires_grad or self.influence.initial is not None else None
 
     def _tensors(self, projections: tuple[Projection, ...]) -> list[Tensor]:
-        """What the influence is that of: the tensors of projections, and the initial entries where they are trained."""
+        """The tensors whose influence is carried: those of projections, and trained initial entries."""
         tensors = [tensor for projection in projections for tensor in projection.tensors]
         if self.influence.initial is not None:
             initial = self.initial_entries()
@@ -231,7 +231,7 @@ class DiagonalEngine:
 
     @torch.enable_grad()
     def current_tensors(self) -> list[Tensor]:
-        """What the influence is that of, in their own shapes, as functions of the parameters as they are now."""
+        """The tensors whose influence is carried, in their own shapes, as functions of the current parameters."""
         return self._tensors(self.cell.projected(self.cell.zero_rows(1))[0])
 
     @full_precision
@@ -283,7 +283,7 @@ class DiagonalEngine:
         verifier.compare(recorded[0].number, stream, found, expected, tolerance_of(self.dtype), _REASON)
 
     def _check_weights(self, projections: tuple[Projection, ...]) -> None:
-        """Check that what projections are made of does not depend on the input of a segment, nor on chance.
+        """Check that weights, biases and Learned values depend neither on the input of a segment nor on chance.
 
         Raises:
             ContractError: naming the value of ``project``.
@@ -407,7 +407,7 @@ class DiagonalEngine:
             NonFiniteError: naming the parameter that holds NaN or infinity, or else the state.
         """
         if cmath.isfinite(states[-1].detach().sum().item()):
-            return  # a state that is not finite stays so, up to sums that overflow
+            return  # a state that is not finite stays so; if only the sum overflowed, the checks below pass
         for name, parameter in self.cell.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise NonFiniteError(self.steps, list(range(self.batch_size)), name)

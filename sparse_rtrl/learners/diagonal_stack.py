@@ -145,11 +145,11 @@ class PerLayerApproximation:
         self._fresh: Tensor | None = self._engines[0].checked_mask(None)
 
     def __copy__(self) -> PerLayerApproximation:
-        """A learner of the same stack that stands where this one does and goes its own way."""
+        """An independent learner of the same stack, which goes on from where this one stands."""
         return copy.deepcopy(self, {id(module): module for module in self.stack.modules()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PerLayerApproximation:
-        """A learner of a copy of the stack that stands where this one does; nothing is attached to it."""
+        """A learner of a copy of the stack, which goes on from where this one stands; nothing is attached to it."""
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied

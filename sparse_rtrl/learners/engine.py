@@ -105,7 +105,7 @@ class Engine:
             tensors = self.tensors()
         self._expected = [(t.shape, t.dtype, t.device) for t in tensors]
         self._effective: dict[str, tuple[list[Tensor], Tensor]] = {}
-        """Of each parametrized tensor, what it was made of the last time, and what it was."""
+        """For each parametrized tensor, the parameters it was last made of, and its value then."""
         like = tensors[0]
         check_memory(self.groups, self.cell.hidden_size, self.batch_size, like)
         self.dtype, self.device = like.dtype, like.device
@@ -157,7 +157,7 @@ class Engine:
     @torch.no_grad()
     @full_precision
     def _check_parametrizations(self, tensors: list[Tensor]) -> None:
-        """Refuse parametrizations that change by themselves: their past values have no way back to the parameters."""
+        """Refuse parametrizations that change by themselves: their past values give no gradient to the parameters."""
         for parameter, tensor in zip(self.groups.all, tensors, strict=True):
             if not parametrize.is_parametrized(parameter.module, parameter.attribute):
                 continue
@@ -363,7 +363,7 @@ class Engine:
             t = self.verifier.choose(len(steps))
             try:
                 self.capture.compare(steps[t], xs[t], states[t], routings[t], tensors, self.verifier, number + t)
-            except DisagreementError:  # at a kink rounding alone may do that: once more from states nearby
+            except DisagreementError:  # at a kink, rounding alone may do that: once more from states nearby
                 near = [nearby(state) for state in states]
                 again = self.capture.steps(xs, near, routings, tensors, None)
                 self.capture.compare(again[t], xs[t], near[t], routings[t], tensors, self.verifier, number + t)
@@ -469,7 +469,7 @@ class Engine:
         return checked_mask(streams, self.batch_size, self.device)
 
     def checked_routing(self, routing: Routing) -> Routing:
-        """A copy of a routing, which may be a view of what the caller reuses, after checking that it is well formed.
+        """A copy of a routing, which the caller may reuse, after checking that it is well formed.
 
         Raises:
             ContractError: on wrong shapes or dtypes, and on duplicate or out-of-range indices.

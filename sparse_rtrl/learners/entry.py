@@ -17,7 +17,7 @@ class Entry(Protocol):
 
 
 class SegmentEngine(Protocol):
-    """What an entry asks of the engine that runs its segment."""
+    """What an entry needs of the engine that runs its segment."""
 
     steps: int
 

@@ -1,8 +1,8 @@
 """Notices a second state that a module keeps inside and that is cut off its graph between two segments.
 
-A tensor in an attribute may be a record that nobody reads, or a state that the next step goes on from. They differ in
-what happens between segments: a state has to be cut off the graph, or the next backward pass would run through it. What
-is still attached then shows in the graph of the next segment; what was cut is seen here.
+A tensor in an attribute may be a record that nobody reads, or a state that the next step goes on from. A state must be
+cut off the graph between two segments, or the next backward pass would run through it. If it is still attached, it
+shows in the graph of the next segment; if it was cut, it is noticed here.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def register_learner(cell: type[nn.Module], learner: type[RTRL]) -> None:
 
 
 class LearningEngine(Protocol):
-    """What every learner asks of its engine."""
+    """What every learner needs of its engine."""
 
     batch_size: int
     device: torch.device
@@ -117,11 +117,11 @@ class RTRL:
         self._routings: list[Routing] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what belongs to one process, as the optimizers that are attached."""
+        """Everything except what belongs to this process, such as attached optimizers."""
         return {**vars(self), "_attachments": ()}
 
     def __copy__(self) -> RTRL:
-        """A learner of the same cell that stands where this one does, and goes its own way."""
+        """An independent learner of the same cell, which goes on from where this one stands."""
         cell = self.cell
         shared = [*cell.modules(), *cell.parameters(), *cell.buffers()]
         return copy.deepcopy(self, {id(each): each for each in shared})
@@ -250,7 +250,7 @@ class RTRL:
         raise NotImplementedError
 
     def _settle(self) -> None:
-        """Report what was noticed late, before the influence is looked at."""
+        """Report errors that were noticed late, before the influence is read."""
         raise NotImplementedError
 
     def influence_norms(self) -> tuple[Tensor, Tensor]:
@@ -265,8 +265,8 @@ class RTRL:
     def cap_influence(self, largest: float) -> tuple[int, float]:
         """Scale the influence of every stream and group whose norm exceeds ``largest`` down to it.
 
-        A brake for recurrences that have become unstable: the part of the gradient that goes through the past is then
-        too small by as much, and no longer exact.
+        A brake for recurrences that have become unstable: the part of the gradient that goes through the past shrinks
+        by the same factor, and is no longer exact.
 
         Args:
             largest: Frobenius norm that none may exceed, positive.

@@ -59,7 +59,7 @@ class SlotRTRL(RTRL):
         self._fixed = FixedSteps(self._engine, self._state) if cuda_graph else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what belongs to one process: graphs, recordings, and optimizers attached."""
+        """Everything except what belongs to this process: graphs, recordings, and attached optimizers."""
         self._settle()
         kept = {**super().__getstate__(), "_last": None}
         if self._fixed is not None:
@@ -67,7 +67,7 @@ class SlotRTRL(RTRL):
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The cell may itself be incomplete still, as when it holds its learner: it is not looked at.
+        # The cell may still be incomplete here, if it holds its own learner: do not look at it.
         recorded = state.pop("_recorded", False)
         vars(self).update(state)
         if recorded:
@@ -90,7 +90,7 @@ class SlotRTRL(RTRL):
         if self._last is None:
             raise RuntimeError("entry_state is there after a step, but the learner has not taken one")
         entry, state, tensors = self._last
-        entry = copy.copy(entry)  # it answers one gradient; those of several add up
+        entry = copy.copy(entry)  # it answers a single gradient; here several add up
         entry.used = False
         return EnterSegment.apply(entry, state, *tensors)
 
@@ -125,7 +125,7 @@ class SlotRTRL(RTRL):
         return outputs
 
     def _run_fixed(self, fixed: FixedSteps, xs: Tensor) -> Tensor | None:
-        """Replay a segment; None if it cannot be recorded, and from then on nothing is."""
+        """Replay a segment; None if it cannot be recorded, and later ones are then not recorded either."""
         fixed.finish()
         fixed.check_agreement()
         self._begin()
@@ -142,7 +142,7 @@ class SlotRTRL(RTRL):
     def _initial(self, streams: Tensor) -> tuple[Tensor, Tensor | None]:
         """The initial state, and which of the streams ``(B,)`` bool take that of their first step instead.
 
-        What was drawn at random stays; all else may still change, as weights that are loaded now do.
+        What it drew at random stays the same; everything else may still change, for example when weights are loaded.
         """
         before = torch.get_rng_state()
         initial = self._engine.initial_state()

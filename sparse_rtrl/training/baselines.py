@@ -50,7 +50,7 @@ class TBPTT(GradientMethod):
         """See :meth:`GradientMethod.learn`."""
         state = self.model.initial_state(x.shape[1]) if self._state is None else self._state
         penalty = None if self.lyapunov is None else self.lyapunov.loss(x, state)
-        # A segment that asks nothing has no gradient here, so it needs no graph.
+        # A segment without a question has no loss and no gradient here, so it needs no graph.
         with torch.set_grad_enabled(divisor > 0):
             outputs, state = unroll(self.model, x, state)
         tally = backpropagate(outputs, target, divisor, penalty)
@@ -205,7 +205,7 @@ class DenseJacobianRTRL(GradientMethod):
         if divisor:
             tally = backpropagate(output[None], target, divisor)
             self._add_carried_gradient(entry.grad, self._influence)
-        # After the loss, which needs the influence of its entry; before the parameters are stepped.
+        # After the loss, which needs the influence at its entry; before the optimizer changes the parameters.
         self._update_influence(self._influence, x[0], entry.detach(), routing)
         self._state = pytree.tree_map(Tensor.detach, state)
         return tally

@@ -193,7 +193,7 @@ class CheckpointFolder:
         self.keep = keep
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(f".*{SUFFIX}.new"):
-            left_over.unlink()  # of a process that was killed while it wrote
+            left_over.unlink()  # left by a process that was killed while it wrote
 
     def paths(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -241,7 +241,7 @@ class CheckpointFolder:
             raise CheckpointError(f"{error}; resume from an earlier one by its path: {paths[-2]}") from error
 
     def set_aside_after(self, path: Path) -> None:
-        """Rename the checkpoints that are newer than one the run goes on from, so that they do not count any more."""
+        """Rename the checkpoints that are newer than the one a run is resumed from, so that they no longer count."""
         for newer in self.paths():
             if newer.name > path.name:
                 os.replace(newer, newer.with_name(newer.name + ".aside"))

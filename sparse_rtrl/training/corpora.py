@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 Symbols = NDArray[np.uint8]
 
 _MAPS = 1024
-"""Files that stay mapped at a time; a process may have only some ten thousand maps."""
+"""At most this many files stay mapped at a time; a process may have only some ten thousand maps."""
 
 _PIECE = 2**20
-"""Most bytes of a line that are decoded at a time."""
+"""At most this many bytes of a line are decoded at a time."""
 
 _GZIP = b"\x1f\x8b"
 
@@ -104,7 +104,7 @@ class ByteCorpus(Corpus):
         self.fingerprint = self._fingerprint(root)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy maps the files anew.
+        # A copy maps the files again.
         return {name: value for name, value in vars(self).items() if name != "_map"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ class FastaCorpus(Corpus):
         self.fingerprint = digest.hexdigest()
 
     def __copy__(self) -> FastaCorpus:
-        """A corpus on the same decoded file, which nobody writes to."""
+        """A corpus that shares the decoded file, which is never written to again."""
         copied = object.__new__(type(self))
         vars(copied).update(vars(self))
         return copied

@@ -11,7 +11,7 @@ from sparse_rtrl.training.gradient_method import RecurrentModel, Tally, answer_l
 from sparse_rtrl.training.tasks import Stream
 
 _TOGETHER = 2**14
-"""Steps of streams that are run in one piece: what a model keeps of them does not grow with the length."""
+"""Steps times streams that are run in one piece, so that a model's memory does not grow with the length."""
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class GradientMethod(ABC):
         """Add gradients that the method has deferred to ``.grad``; called before clipping."""
 
     def metrics(self) -> dict[str, Any]:
-        """What the method can say of itself since the last call, by names of ``METRICS``."""
+        """What the method measured since the last call, by names of ``METRICS``."""
         return {}
 
     def events(self) -> list[dict[str, Any]]:

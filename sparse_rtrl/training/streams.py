@@ -30,7 +30,7 @@ class CorpusStream:
     """Predict the next symbol of a corpus, in parallel streams cut into batches of ``length`` steps.
 
     Stream ``b`` of ``B`` starts at symbol ``b * len(corpus) // B`` and goes round: after the last symbol of the corpus
-    comes its first, so every stream comes past everything. All streams start anew at the first batch.
+    comes its first, so every stream sees the whole corpus. All streams start anew at the first batch.
 
     By default a corpus is one ring: records (files, FASTA sequences) follow one another as if they were one, the last
     symbol of a record asks for the first of the next, and no stream is ever reset. With ``reset_at_borders`` every
@@ -116,7 +116,7 @@ class CorpusStream:
             yield self.sample()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the streams are; with it they go on bit for bit, also with another ``length``."""
+        """Where the streams are; from there they go on bit for bit, even with another ``length``."""
         return {
             "corpus": self.corpus.fingerprint,
             "positions": self.positions.clone(),

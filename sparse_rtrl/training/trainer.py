@@ -152,7 +152,7 @@ class Progress:
 
 
 class Training:
-    """A training on a stream, and the state it is in between two segments.
+    """A training on a stream; its state can be saved between any two segments.
 
     Taking its :meth:`state_dict` changes nothing; a training that loads it takes the same path from there on, bit for
     bit on the same machine with the same versions and number of threads.

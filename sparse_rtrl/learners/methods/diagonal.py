@@ -41,7 +41,7 @@ class _Run:
 
     @property
     def is_as_it_ran(self) -> bool:
-        """Whether nobody wrote to a tensor that the backward pass or the next run needs."""
+        """Whether all tensors that the backward pass or the next run needs are unchanged."""
         recorded, batch = self.recorded, len(self.first)
         copies = [*recorded.values, recorded.before[:batch]]
         if recorded.after is not None:
@@ -53,7 +53,7 @@ class _Run:
 class Diagonal:
     """What ``Carry`` keeps for a :class:`~sparse_rtrl.DiagonalCell` by the exact method, as a :class:`Past` does it.
 
-    The cell tells of every run; closing a segment records its steps as they ran.
+    The cell reports every run; closing a segment records its steps as they ran.
 
     Args:
         cell: the cell.
@@ -74,7 +74,7 @@ class Diagonal:
         self._engine: DiagonalEngine | None = None
         self._runs: list[_Run] = []
         self._went_backwards = False
-        """Whether a loss of the open segment did."""
+        """Whether a loss of the open segment went backwards."""
         observe(cell, self._note)
 
     def __getstate__(self) -> dict[str, Any]:

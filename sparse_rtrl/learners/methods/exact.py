@@ -57,7 +57,7 @@ class Exact(Past):
             window[:] = [_as_step(piece) for piece in window]
             captured = _as_step(captured)
         self._influence.record([captured])
-        if entry is None:  # nothing lies before it that a loss could reach
+        if entry is None:  # no loss can reach anything before it
             self._influence.commit()
             return
         self._window_steps += steps
@@ -138,7 +138,7 @@ class Exact(Past):
 
 
 def _applications(captured: StepJacobian) -> int:
-    """Steps of a segment that was captured as one map: how often it applied the map that it applied most."""
+    """Steps of a segment that was captured as one map: how often it applied the map it used most."""
     return max((term.tau for term in captured.core.terms), default=1)
 
 

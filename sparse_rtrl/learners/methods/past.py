@@ -113,7 +113,7 @@ class Past(ABC):
         values = {"the state": end, "the state Jacobian": J, "the immediate Jacobian": factors.delta}
         check_finite(self.segments, values)
         if self.verifier.due():
-            # With other cotangents the rows are combinations of entries, and so is what is sent back.
+            # With given cotangents the rows are combinations of entries, and so is what is sent back.
             like = end if cotangents is None else end.detach()[:, : len(cotangents)]
             stream, c = self.verifier.cotangent(like)
             back = c if cotangents is None else torch.einsum("bn,nbh->bh", c, cotangents)
@@ -234,7 +234,7 @@ class Past(ABC):
             raise
 
     def _restore(self, state: dict[str, Any], by_name: dict[str, RecurrentParameter]) -> None:
-        """Replace everything by a saved state; what was kept before is let go, not written to."""
+        """Replace everything by a saved state; what was kept before is released, not overwritten."""
         like = state["like"]
         self.parameters = []
         self.like = None

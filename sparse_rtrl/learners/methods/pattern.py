@@ -17,7 +17,7 @@ from sparse_rtrl.learners.methods.pending import PendingPast
 from sparse_rtrl.ops.precision import full_precision
 
 MAX_BLOCK_NUMBERS = 1 << 22
-"""Most entries of the state Jacobian that an update gathers at a time."""
+"""An update gathers at most this many entries of the state Jacobian at a time."""
 
 
 @dataclass
