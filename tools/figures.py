@@ -294,6 +294,19 @@ def recall() -> str:
     return markdown(["pairs", "", "at 512", "at 4,096"], rows) + source("recall.json")
 
 
+@table
+def slot_memory() -> str:
+    """What the slot cell needs to learn recall, one thing changed at a time."""
+    rows = []
+    for row in load("slot_memory.json")["rows"]:
+        cells = [row["variant"]]
+        for values in row["accuracy"].values():
+            cells.append(" / ".join(f"{value:.1%}" for value in (min(values), statistics.median(values), max(values))))
+        rows.append(cells)
+    lengths = [f"at {length} steps" for length in load("slot_memory.json")["rows"][0]["accuracy"]]
+    return markdown(["", *lengths], rows) + source("slot_memory.json")
+
+
 @picture("recall_trace.json")
 def slots_over_a_sequence(path: Path) -> None:
     """Content of slots and what is written, over one sequence of a trained cell."""
