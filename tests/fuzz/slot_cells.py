@@ -305,7 +305,14 @@ def moe_cell(draw: Draw, kind: str) -> SlotCell:
     if kind == "sparse latent moe":
         cell: SlotCell = sparse_rtrl.SparseLatentMoECell(**sizes, gate_bias=draw.uniform(-1, 0))
     else:
-        cell = sparse_rtrl.SlotMoECell(**sizes, num_heads=draw.one_of(1, 2, 4), gate_bias=draw.uniform(-0.5, 0.2))
+        weights = "sigmoid" if sizes["read_slots"] == 1 else draw.one_of("sigmoid", "softmax")
+        cell = sparse_rtrl.SlotMoECell(
+            **sizes,
+            num_heads=draw.one_of(1, 2, 4),
+            gate_bias=draw.uniform(-0.5, 0.2),
+            write_to=draw.one_of("important", "least_used"),
+            read_weights=weights,
+        )
     spread(cell, draw, 0.1)
     if draw.chance(0.1):
         cell.experts.requires_grad_(False)
