@@ -252,3 +252,26 @@ def test_bad_sizes_raise(cls, extra, name, value, message):
 def test_heads_must_divide_the_slot_size(num_heads):
     with pytest.raises(ValueError, match=f"num_heads must divide slot_size=6, got {num_heads}"):
         SlotMoECell(**SIZES, num_heads=num_heads)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("write_to", "anywhere", "write_to must be 'important' or 'least_used', got 'anywhere'"),
+        ("read_weights", "hard", "read_weights must be 'sigmoid' or 'softmax', got 'hard'"),
+    ],
+)
+def test_ways_to_write_and_read_are_checked(argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        SlotMoECell(**SIZES, **{argument: value})
+    with pytest.raises(ValueError, match="read_slots must be at least 2"):
+        SlotMoECell(**{**SIZES, "read_slots": 1}, read_weights="softmax")
+
+
+def test_the_least_used_slots_are_written_in_order():
+    cell = SlotMoECell(**{**SIZES, "write_slots": 2}, write_to="least_used")
+    state = torch.zeros(2, cell.num_slots, cell.slot_size)
+    x = torch.randn(2, cell.input_size)
+    assert cell.route(x, state).write.tolist() == [[0, 1], [0, 1]]  # of equal ones the first
+    state[0, 0], state[1, 1:] = 1.0, 2.0
+    assert cell.route(x, state).write.tolist() == [[1, 2], [0, 1]]

@@ -1,5 +1,7 @@
 """The contract check finds each way to break the contract, and only those."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracle import inputs
@@ -22,7 +24,8 @@ def cell_and_state(kind=PatternCell):
 def test_good_cells_pass():
     cell, x, h = cell_and_state()
     check_cell(cell, x, h)
-    for kind in (SlotMoECell, SparseLatentMoECell):
+    memory = partial(SlotMoECell, write_to="least_used", read_weights="softmax")
+    for kind in (SlotMoECell, memory, SparseLatentMoECell):
         torch.manual_seed(0)
         ready = kind(
             input_size=4, slot_size=4, num_slots=4, num_experts=3, top_k=2, read_slots=2, write_slots=2, output_size=2
