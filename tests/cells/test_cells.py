@@ -269,7 +269,7 @@ def test_ways_to_write_and_read_are_checked(argument, value, message):
 
 
 def test_the_least_used_slots_are_written_in_order():
-    cell = SlotMoECell(**{**SIZES, "write_slots": 2}, write_to="least_used")
+    cell = SlotMoECell(**SIZES, num_heads=2, write_to="least_used")
     state = torch.zeros(2, cell.num_slots, cell.slot_size)
     x = torch.randn(2, cell.input_size)
     assert cell.route(x, state).write.tolist() == [[0, 1], [0, 1]]  # of equal ones the first
