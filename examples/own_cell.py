@@ -64,7 +64,8 @@ learner = sparse_rtrl.RTRL(cell, batch_size=4)
 for x_t in xs:
     output = learner(x_t)
 output.square().sum().backward()
-learner.flush()  # the gradients of experts that sleep are owed until then; attach(optimizer) does it before each step
+# The gradients of experts that sleep are deferred until flush; attach(optimizer) calls it before each step.
+learner.flush()
 ours = {name: parameter.grad.clone() for name, parameter in cell.named_parameters()}
 
 cell.zero_grad()

@@ -153,11 +153,11 @@ ENGINE = [
         "a flush forgets what it has paid",
         "            self.handed_out[streams, experts] = total\n",
         "",
-        ("tests/learners/test_learner.py::test_flush_is_idempotent_and_discard_drops_what_is_owed",),
+        ("tests/learners/test_learner.py::test_flush_is_idempotent_and_discard_drops_what_is_deferred",),
     ),
     Fault(
         "paid_again_at_waking",
-        "an expert that wakes is owed what was paid while it slept, with the wrong sign of the loss row",
+        "the deferred gradient of an expert that wakes counts what was handed out in its sleep with the wrong sign",
         "self._ops.loss_row_(self.experts, -handed_out, rows)",
         "self._ops.loss_row_(self.experts, handed_out, rows)",
         ("tests/learners/test_gradient.py::test_several_optimizer_steps_during_a_sleep",),
@@ -185,7 +185,7 @@ ENGINE = [
     ),
     Fault(
         "reset_forgets_the_payment",
-        "streams that start anew lose what their sleepers are owed",
+        "streams that start anew lose the deferred gradients of their sleepers",
         "        self._form_deferred(self.influenced & ~self.awake & streams.unsqueeze(1))\n",
         "",
         ("tests/learners/test_gradient.py::test_resets_of_single_streams",),
@@ -420,7 +420,7 @@ ENGINE = [
     ),
     Fault(
         "unattached_optimizer_not_noticed",
-        "an optimizer may step without what sleeping experts are owed",
+        "an optimizer may step without the deferred gradients of sleeping experts",
         "if not first and not flushed and engine.influence.defers():",
         "if False:",
         ("tests/learners/test_deferred.py::test_an_optimizer_that_is_not_attached_is_noticed_once",),
@@ -716,7 +716,7 @@ TRAINING = [
         ("tests/training/test_training.py::test_trainer_steps_once_per_batch_or_per_asking_segment",),
     ),
     Fault(
-        "owed_gradients_not_completed",
+        "deferred_gradients_not_completed",
         "the trainer clips before deferred gradients are paid",
         "        self.method.complete_gradient()\n",
         "",

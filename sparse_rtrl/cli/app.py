@@ -362,8 +362,8 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with the run in this folder, from its newest checkpoint, or from this checkpoint. Its own "
-            "options count; updates, learning rates, clipping, decay, cap, threads, logging, checkpoints may differ.",
+            help="Go on with the run in this folder, from its newest checkpoint, or from this checkpoint. It keeps its "
+            "options; updates, learning rates, clipping, decay, cap, threads, logging, checkpoints may be given anew.",
             rich_help_panel=_LONG,
         ),
     ] = None,
@@ -371,7 +371,7 @@ def train(
         float, typer.Option(help="Minutes between two checkpoints.", rich_help_panel=_LONG)
     ] = 5.0,
     checkpoint_every: Annotated[
-        int | None, typer.Option(help="Updates between two checkpoints besides.", rich_help_panel=_LONG)
+        int | None, typer.Option(help="Save a checkpoint after this many updates too.", rich_help_panel=_LONG)
     ] = None,
     keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints to keep.", rich_help_panel=_LONG)] = 3,
     log_every: Annotated[int, typer.Option(help="Updates between two lines of metrics.", rich_help_panel=_LONG)] = 1,

@@ -435,7 +435,10 @@ class Influence:
             return
         eager = self.catch_up == "eager" or not self.groups.num_experts
         if (eager or self.catch_up != "auto") and saved.eager != eager:
-            raise ValueError("the state was saved with catch_up='eager' on one side only; use the same catch_up")
+            raise ValueError(
+                f"the state was saved {'with' if saved.eager else 'without'} catch_up='eager', this learner has"
+                f" catch_up={self.catch_up!r}: use the same catch_up"
+            )
         if self.buffer != "auto" and not saved.eager and saved.buffer != self.buffer:
             raise ValueError(f"the state must come from a learner with capacity {self.buffer}, got {saved.buffer}")
 

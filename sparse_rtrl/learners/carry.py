@@ -471,7 +471,8 @@ class Carry:
                 raise RuntimeError(
                     f"a trainable tensor of shape {tuple(variable.shape)} reaches the state but is no parameter of the"
                     " module given to Carry: give Carry a module that holds it, or detach what is computed from it. (A"
-                    " first state that a module makes by itself with requires_grad=True is such a tensor: give it one)"
+                    " first state that a module makes by itself with requires_grad=True is such a tensor: pass it a"
+                    " first state instead)"
                 )
 
     def _check_resumed(self, end: Tensor) -> None:

@@ -291,8 +291,8 @@ class DiagonalEngine:
         with torch.no_grad():
             others, _ = self.cell.projected(self.cell.zero_rows(1))
         changed = [
-            f"value {number} of project: a weight, bias or Learned value is another one for another input, or when it"
-            " is made again: it may depend on parameters only"
+            f"value {number} of project: a weight, bias or Learned value changes with the input, or when it is made"
+            " again: it may depend on parameters only"
             for number, (one, other) in enumerate(zip(projections, others, strict=True))
             if any(differs(a, b.detach()) for a, b in zip(other.tensors, one.tensors, strict=True))
         ]

@@ -204,8 +204,8 @@ class FastaCorpus(Corpus):
         self.__init__(state["files"], state["folder"])  # type: ignore[misc]
         if self.fingerprint != state["fingerprint"]:
             raise ValueError(
-                f"the files of a pickled corpus must hold what they held, but the sequences of {_named(self.files)}"
-                " are other ones now"
+                "the files of a pickled corpus must not change, but the sequences of"
+                f" {_named(self.files)} are different now"
             )
 
     def _read(self, start: int, stop: int) -> Symbols:
@@ -259,7 +259,7 @@ def _decode(source: BinaryIO, file: Path, decoded: BinaryIO, lengths: list[int],
 
 def _size_of(file: Path) -> int:
     if not file.exists():
-        raise FileNotFoundError(f"corpus must be there, but there is no {file}")
+        raise FileNotFoundError(f"corpus must name a file or folder that exists, but there is no {file}")
     if not file.is_file() or not os.access(file, os.R_OK):
         raise OSError(f"corpus must be a file that can be read, which {file} is not")
     return file.stat().st_size

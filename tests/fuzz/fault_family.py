@@ -294,10 +294,10 @@ def diagonal(draw: Draw) -> Case:
 
 
 def deferred(draw: Draw) -> Case:
-    """Gradients that are owed when they are clipped, unscaled, or used by an optimizer that was not attached.
+    """Gradients that are deferred when they are clipped, unscaled, or used by an optimizer that was not attached.
 
     Compared is the parameters' change in one optimizer step at the end. Clipping that changes nothing, because the
-    gradient is small until what is owed arrives, is none: nobody can see that it was tried.
+    gradient is small until what is deferred arrives, is none: nobody can see that it was tried.
     """
     stream = stream_of(draw)
     cell = moe_cell(draw, draw.one_of("slot moe", "sparse latent moe"))

@@ -21,7 +21,7 @@ def new_cell(kind="pattern"):
 
 
 def eager(cell, x, c, update, every=3, factor=1.0):
-    """Parameters after a run in which nothing is ever owed, updated after every few steps by ``update(cell)``."""
+    """Parameters after a run in which nothing is ever deferred, updated after every few steps by ``update(cell)``."""
     learner = RTRL(cell, BATCH, catch_up="eager")
     for t in range(len(x)):
         (factor * learner(x[t]) * c[t]).sum().backward()
@@ -83,7 +83,7 @@ def test_a_cleared_gradient_is_not_a_changed_one(clear):
     assert not torch.equal(before, cell.experts.weight) and not learner._defers()
 
 
-def test_a_changed_gradient_with_nothing_owed_is_stepped_with():
+def test_a_changed_gradient_with_nothing_deferred_is_stepped_with():
     cell, x, c = new_cell(), inputs(STEPS, BATCH), cotangents(STEPS, BATCH, density=1.0)
     for catch_up in ("eager", "replay"):
         learner = RTRL(cell, BATCH, commit_every=1, catch_up=catch_up)
@@ -119,17 +119,17 @@ def test_after_flush_everything_is_paid_and_the_clipped_step_is_right(name, kind
         cell = new_cell(kind)
         learner, optimizer = RTRL(cell, BATCH, commit_every=1, catch_up=catch_up), OPTIMIZERS[name](cell.parameters())
         learner.attach(optimizer)
-        owed = 0
+        deferred = 0
         for t in range(STEPS):
             (learner(x[t]) * c[t]).sum().backward()
             if t % 3 == 2:
-                owed += learner._defers()
+                deferred += learner._defers()
                 learner.flush()
                 assert not learner._defers()
                 clip(cell)
                 optimizer.step()
                 optimizer.zero_grad()
-        assert owed > 3
+        assert deferred > 3
         for found, want in zip(cell.parameters(), expected, strict=True):
             torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-11)
 
@@ -167,7 +167,7 @@ def test_gradient_scaler():
     for found, want in zip(cell.parameters(), expected, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-11)
     (learner(x[-1]) * c[-1]).sum().backward()
-    learner._engine.influence.experts[:, -1] = 1.0  # owed
+    learner._engine.influence.experts[:, -1] = 1.0  # deferred
     learner._engine.influence._rows_hold_gradients = True
     with pytest.raises(RuntimeError, match="unscaled"):
         scaler.step(optimizer)

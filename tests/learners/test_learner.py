@@ -72,7 +72,7 @@ def test_outputs_and_states_are_those_of_the_cell():
     torch.testing.assert_close(learner.state, state, rtol=0, atol=1e-14)
 
 
-def test_flush_is_idempotent_and_discard_drops_what_is_owed():
+def test_flush_is_idempotent_and_discard_drops_what_is_deferred():
     cell = PatternCell(make_pattern("random", 30, 2), dense=False).double()
     x, c = inputs(30, 2), cotangents(30, 2, density=1.0)
     for lose in (False, True):
@@ -85,8 +85,8 @@ def test_flush_is_idempotent_and_discard_drops_what_is_owed():
             learner.discard()
         learner.flush()
         flushed = gradients_of(cell)
-        owed = worst_error(flushed, complete_for_active) > 1e-6
-        assert owed is not lose  # experts 1 and 2 sleep at step 13
+        deferred = worst_error(flushed, complete_for_active) > 1e-6
+        assert deferred is not lose  # experts 1 and 2 sleep at step 13
         learner.flush()
         assert_same(flushed.values(), gradients_of(cell).values())
 
@@ -194,7 +194,7 @@ def test_state_dict_of_another_learner_is_refused_and_changes_nothing():
     before = snapshot(learner)
     for other, message in (
         (RTRL(small_cell(), 3), "batch size"),
-        (RTRL(small_cell(), 2, catch_up="eager"), "eager"),
+        (RTRL(small_cell(), 2, catch_up="eager"), "with catch_up='eager', this learner has catch_up='replay'"),
         (RTRL(small_cell(), 2, buffer=5, catch_up="replay"), "capacity"),
         (RTRL(small_cell(slot_size=8), 2), "another cell"),
     ):

@@ -226,10 +226,10 @@ def test_loss_row(columns, dtype, device):
     error, own, before, after = errors("loss_row_", [P, u, groups], dtype, device)
     assert error <= 2 * own + torch.finfo(dtype).eps
     assert_unchanged_outside(before, after, groups.tolist(), lambda group: [23])
-    owed_nothing = torch.tensor([4, -1, 2])  # a payment for all pairs, of which one is owed nothing
+    one_without = torch.tensor([4, -1, 2])  # deferred gradients of all pairs, of which one has none
 
     def masked(P, u, groups):
-        triton_kernels.loss_row_(P, u, owed_nothing.to(device))
+        triton_kernels.loss_row_(P, u, one_without.to(device))
 
     error, _, before, after = errors("loss_row_", [P, u, groups], dtype, device, masked)
     assert error > 1e-2

@@ -136,7 +136,7 @@ def drop_sleep(state):
     influence_of(state)["influenced"].fill_(False)
 
 
-def drop_owed(state):
+def drop_deferred(state):
     influence_of(state)["window_loss_row"].zero_()
     influence_of(state)["handed_out"].add_(1e-3)
 
@@ -169,7 +169,7 @@ def drop_position_in_stream(state):
         drop_window,
         drop_tree,
         drop_sleep,
-        drop_owed,
+        drop_deferred,
         drop_state,
         drop_optimizer,
         drop_position_in_batch,
