@@ -320,8 +320,9 @@ def build_evaluation_task(config: RunConfig, length: int) -> Task:
 
 def evaluate_at(config: RunConfig, trainer: Trainer, length: int) -> Accuracy:
     """Accuracy on fresh sequences of one length; every method of a seed gets the same sequences."""
-    stream = shifted(config, build_evaluation_task(config, length))
-    return evaluate(trainer.method.model, stream, config.eval_sequences)
+    task = build_evaluation_task(config, length)
+    shown = TokenShift(task) if config.token_shift else task
+    return evaluate(trainer.method.model, shown, config.eval_sequences)
 
 
 def chance(config: RunConfig, length: int) -> float:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from sparse_rtrl.training.gradient_method import RecurrentModel, Tally, answer_loss, unroll
-from sparse_rtrl.training.tasks import Stream
+from sparse_rtrl.training.streams import TokenShift
+from sparse_rtrl.training.tasks import Task
 
 _TOGETHER = 2**14
 """Steps times streams that are run in one piece, so that a model's memory does not grow with the length."""
@@ -61,7 +62,7 @@ def wilson_interval(share: float, trials: int, z: float = 1.959964) -> tuple[flo
 
 
 @torch.no_grad()
-def evaluate(model: RecurrentModel, task: Stream, num_sequences: int) -> Accuracy:
+def evaluate(model: RecurrentModel, task: Task | TokenShift, num_sequences: int) -> Accuracy:
     """Accuracy of a model on the next ``num_sequences`` sequences of a task, run with the plain forward pass.
 
     Args:
@@ -74,9 +75,9 @@ def evaluate(model: RecurrentModel, task: Stream, num_sequences: int) -> Accurac
     """
     if num_sequences < 1:
         raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
-    total, done, batches = Tally(), 0, iter(task)
+    total, done = Tally(), 0
     while done < num_sequences:
-        batch = next(batches)
+        batch = task.sample()
         take = min(task.batch_size, num_sequences - done)
         state, steps = model.initial_state(take), max(1, _TOGETHER // take)
         for x, target in zip(batch.x[:, :take].split(steps), batch.target[:, :take].split(steps), strict=True):
