@@ -1,4 +1,4 @@
-"""Settings of Triton, chosen before kernels are defined, in the environment so that processes of the tests have them."""
+"""Settings of Triton, made before kernels are defined, in the environment: processes that tests start have them too."""
 
 import os
 import sys
