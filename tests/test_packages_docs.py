@@ -3,20 +3,19 @@
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
+from tools import run_docs
+
 ROOT = Path(__file__).parents[1]
-TOOL = ROOT / "tools/run_docs.py"
-
-
-def run_docs(*files):
-    return subprocess.run([sys.executable, TOOL, *files], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_blocks_of_the_docs_run():
-    done = run_docs("README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    command = [sys.executable, run_docs.__file__, "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^README\.md:\d+: ran, 25 optimizer steps", done.stdout, re.M)
 
@@ -32,15 +31,16 @@ def test_blocks_of_the_docs_run():
 )
 def test_blocks_that_do_not_run_are_found(tmp_path, text, message):
     (tmp_path / "page.md").write_text(text)
-    done = run_docs(tmp_path / "page.md")
-    assert done.returncode == 1 and message in done.stderr
+    with pytest.raises((NameError, AssertionError, ValueError)) as caught:
+        run_docs.main([str(tmp_path / "page.md")])
+    assert message in "".join(traceback.format_exception(caught.value))
 
 
-def test_marks_of_blocks(tmp_path):
+def test_marks_of_blocks(tmp_path, capsys):
     (tmp_path / "page.md").write_text(
         "```python\nx = 1\n```\n<!-- given\ny = x + 1\n-->\n```python\nassert (x, y) == (1, 2)\n```\n"
         "<!-- not run: needs\na GPU -->\n```python\nundefined_name\n```\n"
     )
-    done = run_docs(tmp_path / "page.md")
-    assert done.returncode == 0, done.stderr
-    assert "page.md:13: not run: needs a GPU" in done.stdout and "2 blocks ran, 1 were left out" in done.stdout
+    assert run_docs.main([str(tmp_path / "page.md")]) == 0
+    output = capsys.readouterr().out
+    assert "page.md:13: not run: needs a GPU" in output and "2 blocks ran, 1 were left out" in output

@@ -7,7 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparse_rtrl.cli import app
+from sparse_rtrl.cli import app, comparisons
+from sparse_rtrl.cli.experiment import ExperimentError, RunConfig, run_job
 from sparse_rtrl.training.metrics import METRICS
 from sparse_rtrl.training.runlog import read_lines
 
@@ -18,6 +19,21 @@ def invoke(*arguments, status=0):
     result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
     assert result.exit_code == status, result.output
     return result.output
+
+
+@pytest.fixture
+def experiments_in_this_process(monkeypatch):
+    """Spares the start of a process for each experiment; that both come to the same has a test of its own."""
+
+    def run(job, on_event=None):
+        job = json.loads(json.dumps({key: value for key, value in job.items() if key != "deadline"}))
+        *progress, result = (json.loads(json.dumps(event)) for event in run_job(job))
+        for event in progress:
+            if on_event is not None:
+                on_event(event)
+        return result
+
+    monkeypatch.setattr(comparisons, "run_in_process", run)
 
 
 def test_help_teaches():
@@ -125,8 +141,22 @@ def test_train_on_real_data_and_resume(tmp_path):
     assert [json.loads(line)["lyapunov"] for line in logs[0]] == [json.loads(line)["lyapunov"] for line in logs[1]]
 
 
+def test_experiments_have_processes_of_their_own(request):
+    config = RunConfig(slot_size=8, length=12, batch_size=2, updates=3, eval_sequences=20, eval_lengths=(12,))
+    alone = comparisons.compare_methods([config], time_budget=200, repeats=1)[0]
+    with pytest.raises(ExperimentError, match=r"^rtrl ended with exit status 1: ValueError: length must be"):
+        comparisons.probe_cost(config, 0)
+    request.getfixturevalue("experiments_in_this_process")
+    here = comparisons.compare_methods([config], time_budget=200, repeats=1)[0]
+    assert alone.updates == here.updates == 3 and alone.accuracy == here.accuracy
+    assert [event["loss"] for event in alone.history] == [event["loss"] for event in here.history]
+    assert min(alone.probe.peak_bytes, alone.probe.seconds_per_token) > 0
+
+
+@pytest.mark.usefixtures("experiments_in_this_process")
 def test_demo_ends_with_a_table_and_a_picture(tmp_path):
     options = [*TINY, "--runs", tmp_path, "--name", "demo", "--time-budget", 200, "--recall-updates", 2]
+    options += ["--parallel", 1]
     output = invoke("demo", *options)
     recall = json.loads((tmp_path / "demo-recall" / "results.json").read_text())["outcomes"]
     assert [outcome["updates"] for outcome in recall] == [2, 2]
@@ -137,13 +167,16 @@ def test_demo_ends_with_a_table_and_a_picture(tmp_path):
     assert [o["probe"]["peak_bytes"] > 0 for o in outcomes] == [True] * 3
 
 
+@pytest.mark.usefixtures("experiments_in_this_process")
 def test_compare_direct_and_trials_and_scaling(tmp_path):
-    output = invoke("compare", "direct", *TINY, "-m", "gru-bptt", "--runs", tmp_path, "--name", "direct")
+    output = invoke(
+        *("compare", "direct", *TINY, "-m", "gru-bptt", "--parallel", 1, "--runs", tmp_path, "--name", "direct")
+    )
     assert "GRU" in output and "chance" in output
     tiny = [a for a in TINY if a not in ("--length", "12")]
     output = invoke(
         *("compare", "trials", *tiny, "-m", "rtrl", "--trials", 2, "--length", 12, "--evaluate-at", 20),
-        *("--runs", tmp_path, "--name", "trials"),
+        *("--parallel", 1, "--runs", tmp_path, "--name", "trials"),
     )
     with (tmp_path / "trials" / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -117,13 +117,12 @@ def test_a_new_task_cell_and_metric_take_one_edit_each(tmp_path):
         "told = SparseRTRL.metrics\n"
         "SparseRTRL.metrics = lambda self: told(self) | {'window': float(self.learner.commit_every)}\n"
         "from sparse_rtrl.cli.app import app\n"
-        "app()\n"
+        "options = 'train --task parity --cell small-lru --length 8 --updates 2 --batch-size 2 --name own'\n"
+        "app(options.split(), standalone_mode=False)\n"
+        "app(['report', 'runs/own'])\n"
     )
-    command = [sys.executable, "own.py"]
-    options = "train --task parity --cell small-lru --length 8 --updates 2 --batch-size 2 --name own"
-    for arguments in (options.split(), ["report", "runs/own"]):
-        done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "runs" / "own" / "metrics.jsonl").read_text().splitlines()]
     assert [row["window"] for row in rows] == [8.0, 8.0]
     assert (tmp_path / "report" / "window.png").exists()
