@@ -155,7 +155,7 @@ def test_experiments_have_processes_of_their_own(request):
 
 @pytest.mark.usefixtures("experiments_in_this_process")
 def test_demo_ends_with_a_table_and_a_picture(tmp_path):
-    options = [*TINY, "--runs", tmp_path, "--name", "demo", "--time-budget", 200, "--recall-updates", 2]
+    options = [*TINY, "--runs", tmp_path, "--name", "demo", "--time-budget", 1000, "--recall-updates", 2]
     options += ["--parallel", 1]
     output = invoke("demo", *options)
     recall = json.loads((tmp_path / "demo-recall" / "results.json").read_text())["outcomes"]
