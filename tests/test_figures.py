@@ -51,7 +51,7 @@ def test_what_differs_is_named_and_rewritten(figures, copied, capsys):
     assert "stale" in (copied / "README.md").read_text()
     assert figures.main(["--write"]) == 0
     text = (copied / "README.md").read_text()
-    assert text.startswith("before\n<!-- figures: demo -->\n| method |")
+    assert text.startswith("before\n<!-- figures: demo -->\n| task | method |")
     assert text.endswith("<!-- end -->\nafter\n![](docs/p/dot.png)\n")
     assert figures.main([]) == 0
     (copied / "README.md").write_text(text.replace("100.0 %", "100.1 %"))
@@ -73,7 +73,7 @@ def test_markers_that_lead_nowhere_are_named(figures, copied, capsys, text, said
 
 
 def test_tables_say_what_a_record_leaves_open(figures, monkeypatch):
-    assert "(commit not recorded)" in figures.source("demo.json")
+    assert "(commit not recorded)" in figures.source("tree_merges.json")
     assert "commit `223996c`" in figures.source("compare_cpu.json")
     rows = figures.load("compare_cpu.json")["rows"]
     for row in rows:
