@@ -112,8 +112,8 @@ class SlotMoECell(SlotCell):
         write_to: ``"important"`` writes the slots of largest importance, so that what is stored decides where it goes
             and two things may get the same slot; ``"least_used"`` those whose content is smallest (allocation, Graves
             et al. 2016), so that every new thing gets a slot of its own while one is free; later the smallest content
-            goes. Take it with ``write_slots=1`` and ``read_slots=num_slots`` where many things are stored and found again by what they hold. Slots that need
-            no identity of their own to be chosen then begin with a small one.
+            goes. Take it with ``write_slots=1`` and ``read_slots=num_slots`` where many things are stored and found
+            again by what they hold. Slots that need no identity of their own to be chosen then begin with a small one.
         read_weights: ``"sigmoid"``, or ``"softmax"`` over the read slots. Take the softmax where one stored thing must
             be found among many; with ``read_slots=1`` it is constant, and reads do not train.
 
