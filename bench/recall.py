@@ -6,8 +6,9 @@ one before (token shift) and train on the same number of sequences, whose length
 ``sparse-rtrl train``; they are scored on 1,000 fresh ones of 512 and 4,096 steps:
 
 - *slots*: the slot cell with as many slots as keys, which writes the least used slot and reads all, by sparse RTRL in
-  segments of 8 steps (the influence is moved every ``--commit-every`` steps, which changes nothing in the gradient) and
-  by truncated BPTT with the same segments;
+  segments of 8 steps (the influence is moved every ``--commit-every`` steps, which changes nothing in the gradient), by
+  truncated BPTT with the same segments, and by BPTT, whose gradient is that of RTRL and whose cost is less while
+  sequences are short;
 - *without allocation* (slots written by importance, half of them at a step), *without all reads* (half of the slots
   are read), *without softmax* (sigmoid weights), *without shift*: the same slot cell with one thing changed, by BPTT,
   whose gradient is that of RTRL;
@@ -41,6 +42,7 @@ SLOTS = {
 METHODS = {
     "slots-rtrl": {"method": "rtrl", **SLOTS},
     "slots-tbptt": {"method": "tbptt", **SLOTS},
+    "slots-bptt": {"method": "bptt", **SLOTS},
     "slots-without-allocation": {"method": "bptt", **SLOTS, "write-to": "important", "write-slots": 0.5},
     "slots-without-all-reads": {"method": "bptt", **SLOTS, "read-slots": 0.5},
     "slots-without-softmax": {"method": "bptt", **SLOTS, "read-weights": "sigmoid"},
@@ -62,6 +64,10 @@ def settings_of(name: str, pairs: int, seed: int, options: argparse.Namespace) -
     if METHODS[name]["method"] == "rtrl":
         settings["commit-every"] = options.commit_every
     settings |= METHODS[name]
+    if "num-experts" in settings:
+        settings |= {"num-experts": options.num_experts, "top-k": options.top_k}
+    if options.start_length:
+        settings["start-length"] = options.start_length
     settings |= {part: slots // 2 for part in ("read-slots", "write-slots") if settings.get(part) == 0.5}
     if not settings["token-shift"]:
         del settings["token-shift"]
@@ -76,6 +82,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--segment", type=int, default=8)
     parser.add_argument("--commit-every", default="auto")
     parser.add_argument("--num-slots", type=int, help="two for each pair if absent")
+    parser.add_argument("--num-experts", type=int, default=2)
+    parser.add_argument("--top-k", type=int, default=1)
+    parser.add_argument("--start-length", type=int, help="steps of the first sequences; the least there are if absent")
     parser.add_argument("--length", type=int, default=128, help="steps of the longest sequences trained on")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--updates", type=int, default=400)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../rings.h"
+#include "../row_tape.h"
 #include "../slot_moe.h"
 
 namespace sparse_rtrl {
@@ -88,6 +89,7 @@ struct Kernels {
   void (*slot_moe_pull_back)(const SlotMoePullBack<T>&, const Parallel&);
   void (*slot_moe_transfer)(const SlotMoeTransfer<T>&, const Parallel&);
   void (*slot_moe_commit)(const SlotMoeCommit<T>&, const Parallel&);
+  void (*rows_back)(const RowsBack<T>&, const Parallel&);
   void (*diagonal_update)(const DiagonalUpdate<T>&, const Parallel&);
   void (*diagonal_loss)(const DiagonalUpdate<T>&, const Parallel&);
 };

@@ -23,7 +23,7 @@ from sparse_rtrl.learners.carry_check import Step, compare_with_bptt
 from sparse_rtrl.learners.engine import checked_mask
 from sparse_rtrl.learners.entry import EnterSegment
 from sparse_rtrl.learners.hidden_state import HiddenStates
-from sparse_rtrl.learners.methods import METHODS, Diagonal, Method, Past
+from sparse_rtrl.learners.methods import METHODS, Diagonal, Exact, Method, Past
 from sparse_rtrl.ops.precision import full_precision
 
 
@@ -43,8 +43,12 @@ class _Entry:
         """Numbers of autograd's nodes: when the segment began, and when that loss went back."""
         self.thread = threading.get_ident()  # autograd counts in every thread by itself
 
-    def check_unchanged(self, graph: SegmentGraph) -> None:
-        """Refuse a segment whose parameters are others than its graph or its entry was made with."""
+    def check_unchanged(self, nodes: Sequence[Any]) -> None:
+        """Refuse a segment if parameters changed since its entry, or since its graph was made.
+
+        Args:
+            nodes: nodes of that graph.
+        """
         for parameter, tensor in zip(self.selected, self.tensors, strict=True):
             if getattr(parameter.module, parameter.attribute, None) is not tensor:
                 raise RuntimeError(
@@ -53,7 +57,7 @@ class _Entry:
                 )
         # A loss of what carry returned may go backwards before the segment runs, and its parameters change then.
         ran_before = any(
-            self.returned < node._sequence_nr() < self.time for node in graph.nodes if hasattr(node, "_sequence_nr")
+            self.returned < node._sequence_nr() < self.time for node in nodes if hasattr(node, "_sequence_nr")
         )
         for parameter, before in zip(self.selected, self.before if ran_before else [], strict=False):
             if not torch.equal(parameter.tensor.detach(), before):
@@ -193,6 +197,7 @@ class Carry:
             self._past = Diagonal(module, commit_every, self._verifier)
         else:
             self._past = METHODS[method](commit_every, generator, self._verifier, capture == "dense")
+        self._trace()
         self._trainable = {p.name for p in self._selected() if p.trainable}
         self._entry: Tensor | None = None
         self._opened: _Entry | None = None
@@ -228,6 +233,8 @@ class Carry:
         if not torch.is_grad_enabled():
             raise RuntimeError("carry needs gradients, but they are disabled (no_grad): leave it out when evaluating")
         leaves, structure = pytree.tree_flatten(state)
+        if isinstance(self._past, Exact):
+            self._past.hear([leaf for leaf in leaves if _is_number(leaf)])
         end = self._flat(leaves)
         selected = self._selected()
         self._check_shapes(selected)
@@ -248,9 +255,11 @@ class Carry:
             begin = EnterSegment.apply(self._opened, begin.requires_grad_(), *tensors)
         self._entry = begin
         # Copies, which the caller may write to: h[done] = 0.
-        returned = pytree.tree_unflatten(self._unflat(begin, leaves), structure)
+        parts = self._unflat(begin, leaves)
+        if isinstance(self._past, Exact):
+            self._past.listen([part for part in parts if _is_number(part)])
         self._opened.returned = _time()
-        return returned
+        return pytree.tree_unflatten(parts, structure)
 
     def reset(self, streams: Tensor | None = None) -> None:
         """Forget the past of some streams; call it after ``backward``, and give them a new state yourself.
@@ -360,6 +369,15 @@ class Carry:
         self._hidden.forget()
         return {**vars(self), "_entry": None, "_opened": None, "_resumed": resumed, "_saved_entry": saved}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._trace()
+
+    def _trace(self) -> None:
+        """Let the exact method trace the module's calls."""
+        if isinstance(self._past, Exact) and self.capture == "auto":
+            self._past.trace(self.module, self.batch_dim, self._flat, self._unflat)
+
     def state_dict(self) -> dict[str, Any]:
         """What is kept, after committing. Resume with it and ``h = carry(h)`` on the saved state."""
         entry = self._saved_entry if self._entry is None else self._entry.detach().clone()
@@ -417,26 +435,10 @@ class Carry:
     @full_precision
     def _capture_segment(self, end: Tensor, entry: Tensor | None, selected: list[RecurrentParameter]) -> None:
         """Capture the segment between ``entry`` and ``end``, both ``(B, H)``; without an entry, one from nowhere."""
-        graph = walk(end, None if entry is None else entry.grad_fn)
-        if entry is not None and entry.grad_fn not in graph.consumers:
-            raise RuntimeError(
-                "state does not depend on the state that carry returned last: give carry the state that the module"
-                " returned, with its graph; before a new sequence call carry.reset()"
-            )
-        self._check_reached(graph)
-        if self._opened is not None:
-            self._opened.check_unchanged(graph)
-        if entry is not None and entry.shape != end.shape:
-            raise ValueError(
-                f"state must keep its size (B, H): the state that carry returned last has {tuple(entry.shape)} numbers,"
-                f" this one {tuple(end.shape)}. Start with the whole state, or with carry(state) after the first step"
-            )
         try:
             self._capturing = True
-            if entry is None:
-                self._past.begin(end, graph, selected)
-            else:
-                self._past.close(end, entry, graph, selected)
+            if entry is None or not self._capture_by_tape(end, entry, selected):
+                self._capture_by_graph(end, entry, selected)
         except ContractError as error:
             if isinstance(error, DisagreementError) or not (norms := self._batch_norms()):
                 raise
@@ -449,6 +451,34 @@ class Carry:
             raise explained from error
         finally:
             self._capturing = False
+
+    def _capture_by_tape(self, end: Tensor, entry: Tensor, selected: list[RecurrentParameter]) -> bool:
+        """Capture the segment by the row tape of the module's calls; False if its graph has to serve."""
+        opened = self._opened
+        if not isinstance(self._past, Exact) or opened is None or opened.used or entry.shape != end.shape:
+            return False
+        return self._past.close_by_tape(end, entry, selected, opened.check_unchanged)
+
+    def _capture_by_graph(self, end: Tensor, entry: Tensor | None, selected: list[RecurrentParameter]) -> None:
+        """Capture the segment from its autograd graph."""
+        graph = walk(end, None if entry is None else entry.grad_fn)
+        if entry is not None and entry.grad_fn not in graph.consumers:
+            raise RuntimeError(
+                "state does not depend on the state that carry returned last: give carry the state that the module"
+                " returned, with its graph; before a new sequence call carry.reset()"
+            )
+        self._check_reached(graph)
+        if self._opened is not None:
+            self._opened.check_unchanged(graph.nodes)
+        if entry is not None and entry.shape != end.shape:
+            raise ValueError(
+                f"state must keep its size (B, H): the state that carry returned last has {tuple(entry.shape)} numbers,"
+                f" this one {tuple(end.shape)}. Start with the whole state, or with carry(state) after the first step"
+            )
+        if entry is None:
+            self._past.begin(end, graph, selected)
+        else:
+            self._past.close(end, entry, graph, selected)
 
     def _batch_norms(self) -> list[str]:
         """Names of the batch norms that are in training."""

@@ -57,6 +57,10 @@ SCHEMAS = {
         "(Tensor(a!) P, Tensor decay, Tensor delta, Tensor z, Tensor(b!)? g=None, Tensor? u=None) -> ()"
     ),
     "diagonal_loss_": "(Tensor(a!) g, Tensor P, Tensor u) -> ()",
+    "rows_back_": (
+        "(Tensor(a!) v, Tensor(b!) deltas, Tensor program, Tensor[] index, Tensor[] numbers, Tensor? cotangents,"
+        " int[] taps, int steps, int batch, int stream, int rows, int before) -> ()"
+    ),
     "slot_moe_forward": (
         "(Tensor state, Tensor query_token, Tensor[] weights, int heads, int read, int write, int top_k,"
         " bool least_used=False, bool softmax=False) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -151,6 +155,7 @@ catch_up_update_ = torch.ops.sparse_rtrl.catch_up_update_
 suffix_loss_rows = torch.ops.sparse_rtrl.suffix_loss_rows
 diagonal_update_ = torch.ops.sparse_rtrl.diagonal_update_
 diagonal_loss_ = torch.ops.sparse_rtrl.diagonal_loss_
+rows_back_ = torch.ops.sparse_rtrl.rows_back_
 
 # The recurrence of SlotMoECell as a whole; compiled for the CPU only, see cells/slot_moe_pass.py.
 slot_moe_forward = torch.ops.sparse_rtrl.slot_moe_forward

@@ -565,3 +565,84 @@ def diagonal_loss_(g: Tensor, P: Tensor, u: Tensor) -> None:
         u: gradient of the loss by the state, ``(B, R)`` of the dtype of ``P``.
     """
     g.add_(torch.einsum("br,brj->rj", u, P.conj()))
+
+
+def rows_back_(
+    v: Tensor,
+    deltas: Tensor,
+    program: Tensor,
+    index: Sequence[Tensor],
+    numbers: Sequence[Tensor],
+    cotangents: Tensor | None,
+    taps: Sequence[int],
+    steps: int,
+    batch: int,
+    stream: int,
+    rows: int,
+    before: int,
+) -> None:
+    """Take rows of some streams back through steps by their tape, newest step first, in place.
+
+    Args:
+        v: rows behind the last step, ``(G, w, H)``; afterwards those before the first one.
+        deltas: receives for each tap, one after the other and flat, its ``delta (steps, G, τ, m, w)``.
+        program: instructions ``(I, fields)`` int64, :meth:`sparse_rtrl.capture.tape.RowTape.program`.
+        index: places, int32: ``(1, E)``, the same for every step and stream, ``(steps, E)``, or ``(steps * B, E)``.
+        numbers: coefficients ``(..., E)`` and matrices ``(..., k, j, m)``, alike.
+        cotangents: ``dL/dh`` behind each step, added to the first row there, ``(steps, B, H)``.
+        taps: first entry, ``τ`` and ``m`` of every immediate Jacobian, one after the other.
+        steps: how many.
+        batch: streams ``B`` that the steps were taken by.
+        stream: the first of the ``G`` streams that go back.
+        rows: entries of the workspace.
+        before: entry at which the row before a step stands.
+    """
+    count, width, hidden = v.shape
+    streams = slice(stream, stream + count)
+    sizes = [(taps[i], taps[i + 1], taps[i + 2]) for i in range(0, len(taps), 3)]
+    parts = deltas.split([steps * count * tau * m * width for _, tau, m in sizes])
+    out = [part.view(steps, count, tau, m, width) for part, (_, tau, m) in zip(parts, sizes, strict=True)]
+    work = v.new_zeros(count, rows, width)
+    current = v.transpose(1, 2).clone()
+    for step in reversed(range(steps)):
+        if cotangents is not None:
+            current[:, :, 0] += cotangents[step, streams]
+        work[:, :hidden] = current
+        places = [_of_step(t, step, steps, batch)[streams] for t in index]
+        values = [_of_step(t, step, steps, batch)[streams] for t in numbers]
+        for line in program.tolist():
+            if line[0] == 0:
+                _combine(work, line, places, values)
+            else:
+                _multiply(work, line, values)
+        for (row, tau, m), delta in zip(sizes, out, strict=True):
+            delta[step] = work[:, row : row + tau * m].unflatten(1, (tau, m))
+        current = work[:, before : before + hidden].clone()
+    v.copy_(current.transpose(1, 2))
+
+
+def _of_step(operand: Tensor, step: int, steps: int, batch: int) -> Tensor:
+    """What an operand ``(1, ...)``, ``(steps, ...)`` or ``(steps * B, ...)`` holds for a step, ``(B, ...)``."""
+    if len(operand) in (1, steps):
+        return operand[min(step, len(operand) - 1)].expand(batch, *operand.shape[1:])
+    return operand[step * batch : (step + 1) * batch]
+
+
+def _combine(work: Tensor, line: list[int], index: list[Tensor], numbers: list[Tensor]) -> None:
+    """``out[dst[e]] += coefficient[e] * entry[src[e]]`` for entries ``(G, rows, w)``."""
+    _, out, rows, _, dst, src, coefficient, _ = line[:8]
+    count, _, width = work.shape
+    taken = work.gather(1, index[src].long().unsqueeze(-1).expand(-1, -1, width))
+    if coefficient >= 0:
+        taken = taken * numbers[coefficient].unsqueeze(-1)
+    to = index[dst].long().unsqueeze(-1).expand_as(taken)
+    work[:, out : out + rows] = work.new_zeros(count, rows, width).scatter_add_(1, to, taken)
+
+
+def _multiply(work: Tensor, line: list[int], numbers: list[Tensor]) -> None:
+    """``out[p, m] = sum_j entry[p, j] matrix[., j, m]`` for entries ``(G, rows, w)``."""
+    _, out, source, positions, matrices, inner, outer, matrix = line[:8]
+    count, _, width = work.shape
+    rows = work[:, source : source + positions * inner].view(count, matrices, -1, inner, width)
+    A = numbers[matrix].reshape(count, matrices, inner, outer)
+    work[:, out : out + positions * outer] = torch.einsum("bkjm,bkpjw->bkpmw", A, rows).reshape(count, -1, width)

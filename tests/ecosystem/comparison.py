@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import sparse_rtrl
 from sparse_rtrl import Carry
-from sparse_rtrl.capture import step_chain
+from sparse_rtrl.capture import taped
 from sparse_rtrl.learners.methods import Exact
 
 EXACT = 1e-12
@@ -220,18 +220,17 @@ def _carried(recurrence: Recurrence, length: int, outcome: Outcome) -> dict[str,
 @contextmanager
 def _captures_noted(outcome: Outcome) -> Iterator[None]:
     """Note how each segment is captured, where the library decides it."""
-    captured = Exact._captured
+    record = Exact._record
 
-    def noting(self: Exact, *args: Any) -> Any:
-        found = captured(self, *args)
-        outcome.paths.add("chain" if isinstance(found, step_chain.StepChain) else "factors")
-        return found
+    def noting(self: Exact, captured: Any, steps: int) -> None:
+        outcome.paths.add("tape" if isinstance(captured, taped.TapedSteps) else "factors")
+        record(self, captured, steps)
 
-    Exact._captured = noting  # type: ignore[method-assign]
+    Exact._record = noting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Exact._captured = captured  # type: ignore[method-assign]
+        Exact._record = record  # type: ignore[method-assign]
 
 
 def _raised_by_the_library(error: Exception) -> bool:

@@ -710,26 +710,30 @@ def test_a_module_that_holds_its_carry_is_copied():
 @pytest.mark.parametrize("module", ["chain", "general"])
 @pytest.mark.parametrize("fault", ["parameter", "state"])
 def test_verify_notices_a_captured_fault_and_leaves_grad(module, fault, monkeypatch):
-    from sparse_rtrl.capture.chain_capture import ChainCapture
     from sparse_rtrl.capture.graph_capture import GraphCapture
+    from sparse_rtrl.capture.taped import TapedSteps
+    from sparse_rtrl.learners.methods.exact import Exact
 
     m, x = nn.GRUCell(2, H, **F64), inputs()
     step = call if module == "chain" else (lambda m, x, h, t: torch.atan(m(x, h)))
-    kind = ChainCapture if module == "chain" else GraphCapture
-    whole = kind.segment
+    whole, back = GraphCapture.segment, TapedSteps.pull_back
 
     def broken(self, *arguments):
-        captured = whole(self, *arguments)
-        if kind is ChainCapture:
-            part = captured.parts[0] if captured is not None else None
-            if part is not None:
-                (part.terms[0].d if fault == "parameter" else part.diagonals[0].d)[:] *= 1.001
-            return captured
-        J, factors = captured
+        J, factors = whole(self, *arguments)
         (factors.delta if fault == "parameter" else J)[:] *= 1.001
         return J, factors
 
-    monkeypatch.setattr(kind, "segment", broken)
+    def broken_back(window, v, core, experts):
+        v = back(window, v, core, experts)
+        if fault == "parameter":
+            core *= 1.001
+        return v if fault == "parameter" else 1.001 * v
+
+    if module == "chain":
+        monkeypatch.setattr(Exact, "_agrees", lambda *_: (True, True))  # a fault that comes after the first segment
+        monkeypatch.setattr(TapedSteps, "pull_back", broken_back)
+    else:
+        monkeypatch.setattr(GraphCapture, "segment", broken)
     carry = Carry(m, verify="always")
     h = carry(torch.zeros(B, H, **F64))
     with pytest.raises(DisagreementError, match=r"step 0, stream \d: .*capture='dense'") as raised:

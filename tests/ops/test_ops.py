@@ -120,4 +120,21 @@ def test_opcheck():
     P, u = torch.randn(2, 3, 4), torch.randn(2, 3)
     check("diagonal_update_", P, u, torch.randn(2, 3, 1), torch.randn(2, 1, 4), torch.randn(3, 4), u)
     check("diagonal_loss_", torch.randn(3, 4), P, u)
+    # One entry is doubled, then goes through a matrix.
+    program = torch.tensor([[0, 2, 2, 2, 0, 0, 0, 1], [1, 4, 2, 1, 1, 2, 2, 1]])
+    operands = ([torch.tensor([[0, 1]], dtype=torch.int32)], [torch.full((1, 2), 2.0), torch.randn(1, 1, 2, 2)])
+    check(
+        "rows_back_",
+        torch.randn(3, 4, 2),
+        torch.empty(3 * 5 * 2 * 4),
+        program,
+        *operands,
+        None,
+        [2, 1, 2],
+        5,
+        3,
+        0,
+        6,
+        4,
+    )
     assert checked == set(dispatch.NAMES)

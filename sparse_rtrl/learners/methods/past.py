@@ -82,13 +82,16 @@ class Past(ABC):
     def _capture_segment(
         self, end: Tensor, entry: Tensor | None, graph: SegmentGraph, selected: list[RecurrentParameter]
     ) -> None:
-        check_like(self.like, end)
-        known = {p.name for p in self.parameters}
-        reached = {p.name for p in selected if id(p.tensor) in graph.accumulators}
-        if self.like is None or not reached <= known:
-            self._admit([p for p in selected if p.name in reached | known], end)
+        self._make_room({p.name for p in selected if id(p.tensor) in graph.accumulators}, end, selected)
         self._close(end, entry, graph)
         self.segments += 1
+
+    def _make_room(self, reached: set[str], end: Tensor, selected: list[RecurrentParameter]) -> None:
+        """Carry the parameters that reach the state ``end (B, H)``, by name, beside those that are carried already."""
+        check_like(self.like, end)
+        known = {p.name for p in self.parameters}
+        if self.like is None or not reached <= known:
+            self._admit([p for p in selected if p.name in reached | known], end)
 
     def _admit(self, parameters: list[RecurrentParameter], end: Tensor) -> None:
         """Carry these parameters from now on; those that are new have no influence yet."""

@@ -1,0 +1,282 @@
+"""Capture of a module's segments by the row tape: it is traced once, then only coefficients are evaluated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from sparse_rtrl.capture.calls import Chain
+from sparse_rtrl.capture.parameters import RecurrentParameter
+from sparse_rtrl.capture.tape import RowTape
+from sparse_rtrl.capture.tape_rules import build_tape
+from sparse_rtrl.capture.taped import StepStore, TapedStep, TapedSteps
+from sparse_rtrl.capture.trace import NotTraceable, trace_step
+from sparse_rtrl.capture.verify import tolerance_of
+
+logger = logging.getLogger(__name__)
+
+MAX_KINDS = 16
+"""Kinds of steps that one module may have; more of them mean that something changes at every step."""
+PLAIN_ATTRIBUTES = (int, float, bool, str, type(None))
+
+
+@dataclass(eq=False)
+class _Kind:
+    """What is known of one kind of step.
+
+    Attributes:
+        tape: its tape; None if it cannot be traced, or disagreed with what ran.
+        reason: why not.
+        step: the tape with the columns of the parameters that are carried now.
+        shared: what its tape needs of the parameters, and their values then.
+        certain: whether a comparison with autograd has shown that it is right.
+    """
+
+    tape: RowTape | None
+    reason: str = ""
+    step: TapedStep | None = None
+    shared: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    certain: bool = False
+
+
+class NotTaped(Exception):
+    """A segment that is left to the capture from the autograd graph; says why."""
+
+
+class TapeCapture:
+    """Captures chains of calls of a module.
+
+    Args:
+        module: the module.
+        batch_dim: dimension of the streams in the state.
+        flat: puts the tensors of a state side by side, ``(B, H)``.
+        unflat: takes them apart again, in the shapes and dtypes of others.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batch_dim: int,
+        flat: Callable[[list[Any]], Tensor],
+        unflat: Callable[[Tensor, list[Any]], list[Any]],
+    ) -> None:
+        self.module = module
+        self.batch_dim = batch_dim
+        self.flat = flat
+        self.unflat = unflat
+        self.carried: list[RecurrentParameter] = []
+        self.kind: _Kind | None = None
+        """The kind of the steps that were captured last."""
+        self._kinds: dict[Any, _Kind] = {}
+        self._store: StepStore | None = None
+        self._noted: set[str] = set()
+
+    def carry(self, parameters: list[RecurrentParameter]) -> None:
+        """Set the parameters that are carried, with their columns."""
+        self.carried = parameters
+        self._store = None
+        for kind in self._kinds.values():
+            kind.step = None
+
+    def reached(self, chain: Chain, end: Tensor, selected: list[RecurrentParameter]) -> set[str]:
+        """Names of the parameters that the calls of a chain let reach the state.
+
+        Args:
+            chain: the calls.
+            end: the state behind them, ``(B, H)``.
+            selected: parameters that may be carried.
+
+        Raises:
+            NotTaped: if the calls cannot be traced.
+        """
+        dtype = end.dtype
+        if any(t.dtype != dtype or t.dim() <= self.batch_dim for state in chain.states for t in state):
+            raise NotTaped(f"the state is not of dtype {dtype} throughout")
+        self.kind = self._kind(chain, end.shape[0], selected)
+        if self.kind.tape is None:
+            raise NotTaped(self.kind.reason)
+        names = {id(p.tensor): p.name for p in selected}
+        reaches = zip(self._weights(), self.kind.tape.reaches, strict=True)
+        return {names[id(t)] for (_, t), r in reaches if r}
+
+    def begin_window(self) -> None:
+        """Begin a new store; the steps before are committed."""
+        self._store = None
+
+    def segment(self, chain: Chain, end: Tensor) -> TapedSteps:
+        """Capture the chain of calls that :meth:`reached` was asked about.
+
+        Args:
+            chain: the calls.
+            end: the state behind them, ``(B, H)``.
+
+        Raises:
+            NotTaped: if the trace computes something else than what ran.
+        """
+        kind, batch, count = self.kind, end.shape[0], len(chain.inputs)
+        assert kind is not None and kind.tape is not None
+        states = self._flat_states(chain)  # (n + 1, B, H)
+        weights = [t.detach() for _, t in self._weights()]
+        if kind.step is None:
+            starts = {id(p.tensor): p.start for p in self.carried}
+            kind.step = TapedStep(kind.tape, [starts.get(id(t), -1) for _, t in self._weights()])
+        dims = self._stream_dims(chain, batch)
+        inputs = [
+            _by_streams(torch.stack([step[i] for step in chain.inputs]), dim, batch) for i, dim in enumerate(dims)
+        ]
+        linearizer = kind.step.linearizer
+        if not kind.weights or not all(map(torch.equal, kind.weights, weights)):
+            kind.weights = [w.clone() for w in weights]
+            kind.shared = linearizer.shared(weights, inputs)
+        found = linearizer(weights, inputs, states[:-1].flatten(0, 1))
+        if kind.step.tape.per_step[-1]:
+            self._check_forward(kind, found.pop().view_as(states[1:]), states[1:])
+        if self._store is None or self._store.step is not kind.step or self._store.batch_size != batch:
+            self._store = StepStore(kind.step, batch)
+        return self._store.append(found, kind.shared, count)
+
+    def _flat_states(self, chain: Chain) -> Tensor:
+        """The states before and behind every call, ``(n + 1, B, H)``; their tensors side by side."""
+        parts = []
+        for tensors in zip(*chain.states, strict=True):
+            if any(t.shape != tensors[0].shape for t in tensors):
+                raise NotTaped("the state changes its shape within the segment")
+            parts.append(torch.stack([t.detach() for t in tensors]).movedim(1 + self.batch_dim, 1))
+        flat = [p.reshape(*p.shape[:2], -1) for p in parts]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, 2)
+
+    def refuse(self, reason: str) -> None:
+        """Leave the kind of the last steps to the graph from now on."""
+        assert self.kind is not None
+        self.kind.tape = self.kind.step = None
+        self.kind.reason = reason
+
+    def note(self, reason: str) -> None:
+        """Tell once why segments are captured from the autograd graph."""
+        if reason not in self._noted:
+            self._noted.add(reason)
+            logger.info("captured from the autograd graph, exact but slower: %s", reason)
+
+    def _check_forward(self, kind: _Kind, computed: Tensor, ran: Tensor) -> None:
+        """Refuse a trace that computes other states than those that were produced."""
+        error, size = (computed - ran).abs().amax(), ran.abs().amax()
+        if not bool(torch.isfinite(size)) or bool(error <= tolerance_of(ran.dtype) * size):
+            return  # what is not finite is refused elsewhere
+        raise NotTaped(
+            "the traced step gives another state than the module did: parameters changed since, streams of the batch"
+            " influence each other, or the module depends on something that is neither an argument nor an attribute"
+        )
+
+    def _stream_dims(self, chain: Chain, batch: int) -> list[int | None]:
+        """The dimension of the streams in every input; None if all streams share it. What ran shows whether it fits."""
+        out: list[int | None] = []
+        for tensor in chain.inputs[0]:
+            fitting = [d for d in (self.batch_dim, 0) if tensor.dim() > d and tensor.shape[d] == batch]
+            out.append(fitting[0] if fitting else None)
+        return out
+
+    def _weights(self) -> list[tuple[str, Tensor]]:
+        """Parameters and buffers of the module by name."""
+        return [*self.module.named_parameters(), *self.module.named_buffers()]
+
+    def _kind(self, chain: Chain, batch: int, selected: list[RecurrentParameter]) -> _Kind:
+        dims = self._stream_dims(chain, batch)
+        shapes = tuple((tuple(t.shape), t.dtype) for t in chain.states[0])
+        trainable = tuple(id(p.tensor) for p in selected if p.tensor.requires_grad)
+        weights = tuple((name, t.dtype) for name, t in self._weights())
+        key = (chain.form, shapes, tuple(dims), trainable, weights, _attributes(self.module))
+        if key not in self._kinds:
+            if len(self._kinds) >= MAX_KINDS:
+                return _Kind(None, "attributes of the module, or its arguments, change all the time")
+            self._kinds[key] = self._traced(chain, dims, set(trainable))
+        return self._kinds[key]
+
+    def _traced(self, chain: Chain, dims: list[int | None], trainable: set[int]) -> _Kind:
+        """Trace the module at the first stream of the first call."""
+        named = self._weights()
+        values = [t.detach().requires_grad_(id(t) in trainable) for _, t in named]
+        like = [_stream(t.detach(), self.batch_dim) for t in chain.states[0]]
+        inputs = [t if dim is None else _stream(t, dim) for t, dim in zip(chain.inputs[0], dims, strict=True)]
+        form = chain.form
+
+        def step(weights: list[Tensor], others: list[Tensor], state: Tensor) -> Tensor:
+            parts = self.unflat(state.unsqueeze(0), like)
+            given = iter(others)
+            leaves: list[Any] = []
+            for leaf in form.leaves:
+                if isinstance(leaf, tuple):
+                    leaves.append(parts[leaf[1]] if leaf[0] == "state" else next(given))
+                else:
+                    leaves.append(leaf)
+            args, kwargs = pytree.tree_unflatten(leaves, form.spec)
+            by_name = {name: w for (name, _), w in zip(named, weights, strict=True)}
+            returned = pytree.tree_leaves(functional_call(self.module, by_name, args, kwargs))
+            return self.flat([returned[i] for i in form.results]).squeeze(0)
+
+        dtypes = {t.dtype for t in (*values, *inputs) if t.is_floating_point()} | {t.dtype for t in like}
+        try:
+            if len(dtypes) > 1:
+                raise NotTraceable(f"it computes in several dtypes, {sorted(map(str, dtypes))}")
+            with _attributes_restored(self.module), torch.device("cpu"):
+                traced = trace_step(step, values, inputs, self.flat(like).squeeze(0))
+                return _Kind(build_tape(traced, values))
+        except NotTraceable as error:
+            return _Kind(None, str(error))
+
+
+def _stream(tensor: Tensor, dim: int) -> Tensor:
+    """The first stream, in a dimension of size one."""
+    return tensor.narrow(dim, 0, 1)
+
+
+def _by_streams(steps: Tensor, dim: int | None, batch: int) -> Tensor:
+    """An input of all steps ``(n, ...)`` as ``(n * B, ...)`` in the shape of one stream."""
+    if dim is None:
+        return steps.unsqueeze(1).expand(len(steps), batch, *steps.shape[1:]).flatten(0, 1)
+    return steps.movedim(1 + dim, 1).flatten(0, 1).unsqueeze(dim + 1)
+
+
+def _attributes(module: nn.Module) -> tuple[Any, ...]:
+    """What the modules are and the plain values that their attributes hold: code may branch on them."""
+    out: list[Any] = []
+    for owner in module.modules():
+        out.append(id(owner))
+        for name, value in vars(owner).items():
+            if type(value) in PLAIN_ATTRIBUTES:
+                out.append((name, value))
+        for hooks in (owner._forward_hooks, owner._forward_pre_hooks, owner._backward_hooks, owner._backward_pre_hooks):
+            out += [key for key, hook in hooks.items() if not type(hook).__module__.startswith("sparse_rtrl.")]
+    return tuple(out)
+
+
+@contextmanager
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Let attributes of modules be afterwards what they were before: a traced call may have put its tensors there."""
+    kept = [(owner, dict(vars(owner))) for owner in module.modules()]
+    inner = [
+        (value, value.copy())
+        for _, attributes in kept
+        for name, value in attributes.items()
+        if isinstance(value, (list, dict, set)) and name not in _MODULE_FIELDS
+    ]
+    try:
+        yield
+    finally:
+        for owner, attributes in kept:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+        for value, before in inner:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+_MODULE_FIELDS = frozenset(vars(nn.Module()))
