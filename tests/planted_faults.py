@@ -237,8 +237,8 @@ ENGINE = [
     Fault(
         "commit_before_the_step",
         "a commit of the tape takes the inputs of the immediate Jacobians in the wrong order of steps",
-        "out.append((use, deltas[start : start + size].view(shape), None if use.z < 0 else zs[use.z]))",
-        "out.append((use, deltas[start : start + size].view(shape).flip(0), None if use.z < 0 else zs[use.z]))",
+        "parts[tap] = deltas[start : start + shape.numel()].view(shape)",
+        "parts[tap] = deltas[start : start + shape.numel()].view(shape).flip(0)",
         ("tests/capture/test_row_tape.py",),
     ),
     Fault(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,6 +79,10 @@ class TapeCapture:
         """The kind of the steps that were captured last."""
         self._kinds: dict[Any, _Kind] = {}
         self._store: StepStore | None = None
+        self._weights: list[tuple[str, Tensor]] = []
+        """Parameters and buffers of the module by name, as they are now."""
+        self._dims: list[int | None] = []
+        """Dimension of the streams in each input of the segment."""
         self._noted: set[str] = set()
 
     def carry(self, parameters: list[RecurrentParameter]) -> None:
@@ -101,11 +106,13 @@ class TapeCapture:
         dtype = end.dtype
         if any(t.dtype != dtype or t.dim() <= self.batch_dim for state in chain.states for t in state):
             raise NotTaped(f"the state is not of dtype {dtype} throughout")
-        self.kind = self._kind(chain, end.shape[0], selected)
+        self._weights = [*self.module.named_parameters(), *self.module.named_buffers()]
+        self._dims = self._stream_dims(chain, end.shape[0])
+        self.kind = self._kind(chain, selected)
         if self.kind.tape is None:
             raise NotTaped(self.kind.reason)
         names = {id(p.tensor): p.name for p in selected}
-        reaches = zip(self._weights(), self.kind.tape.reaches, strict=True)
+        reaches = zip(self._weights, self.kind.tape.reaches, strict=True)
         return {names[id(t)] for (_, t), r in reaches if r}
 
     def begin_window(self) -> None:
@@ -125,11 +132,11 @@ class TapeCapture:
         kind, batch, count = self.kind, end.shape[0], len(chain.inputs)
         assert kind is not None and kind.tape is not None
         states = self._flat_states(chain)  # (n + 1, B, H)
-        weights = [t.detach() for _, t in self._weights()]
+        weights = [t.detach() for _, t in self._weights]
         if kind.step is None:
             starts = {id(p.tensor): p.start for p in self.carried}
-            kind.step = TapedStep(kind.tape, [starts.get(id(t), -1) for _, t in self._weights()])
-        dims = self._stream_dims(chain, batch)
+            kind.step = TapedStep(kind.tape, [starts.get(id(t), -1) for _, t in self._weights])
+        dims = self._dims
         inputs = [
             _by_streams(torch.stack([step[i] for step in chain.inputs]), dim, batch) for i, dim in enumerate(dims)
         ]
@@ -168,8 +175,8 @@ class TapeCapture:
 
     def _check_forward(self, kind: _Kind, computed: Tensor, ran: Tensor) -> None:
         """Refuse a trace that computes other states than those that were produced."""
-        error, size = (computed - ran).abs().amax(), ran.abs().amax()
-        if not bool(torch.isfinite(size)) or bool(error <= tolerance_of(ran.dtype) * size):
+        error, size = float((computed - ran).abs_().amax()), float(ran.abs().amax())
+        if error <= tolerance_of(ran.dtype) * size or not math.isfinite(size):
             return  # what is not finite is refused elsewhere
         raise NotTaped(
             "the traced step gives another state than the module did: parameters changed since, streams of the batch"
@@ -184,15 +191,11 @@ class TapeCapture:
             out.append(fitting[0] if fitting else None)
         return out
 
-    def _weights(self) -> list[tuple[str, Tensor]]:
-        """Parameters and buffers of the module by name."""
-        return [*self.module.named_parameters(), *self.module.named_buffers()]
-
-    def _kind(self, chain: Chain, batch: int, selected: list[RecurrentParameter]) -> _Kind:
-        dims = self._stream_dims(chain, batch)
+    def _kind(self, chain: Chain, selected: list[RecurrentParameter]) -> _Kind:
+        dims = self._dims
         shapes = tuple((tuple(t.shape), t.dtype) for t in chain.states[0])
         trainable = tuple(id(p.tensor) for p in selected if p.tensor.requires_grad)
-        weights = tuple((name, t.dtype) for name, t in self._weights())
+        weights = tuple((name, t.dtype) for name, t in self._weights)
         key = (chain.form, shapes, tuple(dims), trainable, weights, _attributes(self.module))
         if key not in self._kinds:
             if len(self._kinds) >= MAX_KINDS:
@@ -202,7 +205,7 @@ class TapeCapture:
 
     def _traced(self, chain: Chain, dims: list[int | None], trainable: set[int]) -> _Kind:
         """Trace the module at the first stream of the first call."""
-        named = self._weights()
+        named = self._weights
         values = [t.detach().requires_grad_(id(t) in trainable) for _, t in named]
         like = [_stream(t.detach(), self.batch_dim) for t in chain.states[0]]
         inputs = [t if dim is None else _stream(t, dim) for t, dim in zip(chain.inputs[0], dims, strict=True)]

@@ -16,8 +16,27 @@ from sparse_rtrl.capture.tape import RowTape, Use
 from sparse_rtrl.cells.slot_cell import Routing
 from sparse_rtrl.ops import dispatch
 
-SCRATCH_BYTES = 8 * 2**20
+SCRATCH_BYTES = 32 * 2**20
 """Scratch memory for what the tape keeps of the steps of a commit; half of a stream's influence if that is more."""
+TILE_BYTES = 2**20
+"""Columns of the influence that are moved together, for one stream."""
+
+
+class _Scratch:
+    """Memory by name that is used again: fresh memory costs more than what is done with it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": {}}
+
+    def take(self, name: str, size: int, like: Tensor) -> Tensor:
+        """The first ``size`` numbers of the memory of a name, ``(size,)``, with any values, of a dtype and device."""
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size or kept.dtype != like.dtype or kept.device != like.device:
+            kept = self._kept[name] = like.new_empty(size)
+        return kept[:size]
 
 
 class TapedStep:
@@ -34,8 +53,11 @@ class TapedStep:
         self.uses = [use for use in tape.uses if starts[use.parameter] >= 0]
         self.starts = list(starts)
         self.program = tape.program()
-        self.taps = [number for use in self.uses for number in (use.row, use.tau, use.m)]
-        self.entries = sum(use.tau * use.m for use in self.uses)
+        # Weight and bias of a map share their delta.
+        self.kept = list(dict.fromkeys((use.row, use.tau, use.m) for use in self.uses))
+        self.taps = [number for tap in self.kept for number in tap]
+        self.entries = sum(tau * m for _, tau, m in self.kept)
+        self.scratch = _Scratch()
 
     def column(self, use: Use) -> int:
         """First column of a use."""
@@ -54,6 +76,9 @@ class StepStore:
         self.step = step
         self.batch_size = batch_size
         self.count = 0
+        tape = step.tape
+        places = [i for i, per_step in enumerate(tape.per_step[:-1]) if per_step]
+        self._kept_numbers = [tape.places <= i < tape.places + tape.numbers for i in places]
         self._kept: list[Tensor] = []
         """What differs between steps, ``(capacity, B, ...)``; without the new state, which is not needed again."""
         self._shared: list[Tensor] = []
@@ -84,7 +109,9 @@ class StepStore:
 
     def total(self, first: int, last: int) -> Tensor:
         """Sum of all coefficients of the steps ``first ... last - 1``, ``()``."""
-        sums = [t[first:last].sum() for t in self._kept if t.is_floating_point()]
+        # Every z is an input, or was computed on the way to the state: it shows there.
+        numbers = [t for t, number in zip(self._kept, self._kept_numbers, strict=True) if number]
+        sums = [t[first:last].sum() for t in numbers]
         return torch.stack(sums).sum() if sums else torch.zeros((), device="cpu")
 
     def operands(self, first: int, last: int) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
@@ -156,9 +183,13 @@ class TapedSteps:
             kept = row.new_empty((last - first) * len(row) * store.step.entries)
             for use, delta, z in _back(store, first, last, row, 0, kept):
                 flat = delta.reshape(-1, use.m)
-                value = flat.sum(0).unsqueeze(1) if z is None else flat.T @ z.reshape(-1, use.j)
                 to = core.as_strided((use.m, use.j), (use.m_stride, use.j_stride), store.step.column(use))
-                to += value
+                if z is None:
+                    to += flat.sum(0).unsqueeze(1)
+                elif use.j_stride == 1:
+                    to.addmm_(flat.T, z.reshape(-1, use.j))
+                else:
+                    to += flat.T @ z.reshape(-1, use.j)
         return row.squeeze(1)
 
     @classmethod
@@ -171,14 +202,14 @@ class TapedSteps:
         runs = _joined(window)
         per_step = max(1, max(store.step.entries for store, _, _ in runs) * hidden)
         room = max(SCRATCH_BYTES // core.element_size(), core[0].numel() // 2)
-        scratch = _Scratch(core)
+        scratch = runs[0][0].step.scratch
         for block in _blocks(runs, max(1, room // per_step)):
             steps = sum(last - first for _, first, last in block)
             streams = max(1, room // (steps * per_step))
             for stream in range(0, batch, streams):
                 phi = torch.eye(hidden, dtype=core.dtype, device=core.device)
                 phi = phi.expand(min(streams, batch - stream), -1, -1).contiguous()
-                kept = scratch.take("deltas", steps * len(phi) * per_step)
+                kept = scratch.take("deltas", steps * len(phi) * per_step, core)
                 found: list[_Found] = []
                 for store, first, last in reversed(block):
                     size = (last - first) * len(phi) * store.step.entries * hidden
@@ -223,20 +254,6 @@ def _blocks(runs: list[tuple[StepStore, int, int]], room: int) -> list[list[tupl
     return out
 
 
-class _Scratch:
-    """Memory by name that is used again: fresh memory costs more than what is done with it."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._kept: dict[str, Tensor] = {}
-
-    def take(self, name: str, size: int) -> Tensor:
-        """The first ``size`` numbers of the memory of a name, with any values."""
-        if name not in self._kept or self._kept[name].numel() < size:
-            self._kept[name] = self._like.new_empty(size)
-        return self._kept[name][:size]
-
-
 _Found: TypeAlias = tuple[TapedStep, Use, Tensor, Tensor | None]
 """A kind of step, a use in it, its ``delta (steps, G, τ, m, w)`` and its ``z (steps, B, τ, j)``."""
 
@@ -256,17 +273,16 @@ def _back(
         *(rows, deltas, step.program, places, numbers, None, step.taps, steps),
         *(store.batch_size, stream, tape.rows, tape.before),
     )
-    out, start = [], 0
-    for use in step.uses:
-        shape = (steps, rows.shape[0], use.tau, use.m, rows.shape[1])
-        size = torch.Size(shape).numel()
-        out.append((use, deltas[start : start + size].view(shape), None if use.z < 0 else zs[use.z]))
-        start += size
-    return out
+    parts, start = {}, 0
+    for tap in step.kept:
+        shape = torch.Size((steps, rows.shape[0], *tap[1:], rows.shape[1]))
+        parts[tap] = deltas[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    return [(use, parts[use.row, use.tau, use.m], None if use.z < 0 else zs[use.z]) for use in step.uses]
 
 
 def _update_(P: Tensor, phi: Tensor, stream: int, found: list[_Found], scratch: _Scratch) -> None:
-    """``P[:, :H] <- phi P[:, :H] + sum of delta z``, in place, by parameters and streams.
+    """``P[:, :H] <- phi P[:, :H] + sum of delta z``, in place, by tiles of a parameter's columns and streams.
 
     Args:
         P: influence of the streams from ``stream`` on, ``(G, H + 1, N)``.
@@ -275,24 +291,54 @@ def _update_(P: Tensor, phi: Tensor, stream: int, found: list[_Found], scratch: 
         found: what :func:`_back` gave.
         scratch: memory.
     """
-    hidden, columns = P.shape[1] - 1, P.shape[2]
+    hidden = P.shape[1] - 1
     by_start: dict[int, list[_Found]] = {}
     for each in found:
         by_start.setdefault(each[0].starts[each[1].parameter], []).append(each)
-    borders = sorted({0, columns, *by_start})
-    for start, stop in pairwise(borders):
-        for b in range(len(P)):
-            old = P[b, :hidden, start:stop]
-            new = scratch.take("columns", hidden * (stop - start)).view(hidden, -1)
-            torch.mm(phi[b], old, out=new)
-            for step, use, delta, z in by_start.get(start, []):
-                of_stream = delta[:, b].reshape(-1, use.m * hidden)  # (T, m w)
-                if z is None:
-                    value = of_stream.sum(0).view(use.m, hidden, 1)
-                else:
-                    value = scratch.take("value", use.m * hidden * use.j).view(-1, use.j)
-                    torch.mm(of_stream.T, z[:, stream + b].reshape(-1, use.j), out=value)
-                    value = value.view(use.m, hidden, use.j)
-                strides = (use.m_stride, stop - start, use.j_stride)
-                new.as_strided(value.shape, strides, step.column(use) - start).add_(value)
-            old.copy_(new)
+    for first, last in pairwise(sorted({0, P.shape[2], *by_start})):
+        uses = by_start.get(first, [])
+        width = _tile(uses, last - first, hidden * P.element_size())
+        for start in range(first, last, width):
+            stop = min(start + width, last)
+            for b in range(len(P)):
+                old = P[b, :hidden, start:stop]
+                new = scratch.take("columns", hidden * (stop - start), P).view(hidden, -1)
+                torch.mm(phi[b], old, out=new)
+                for use in uses:
+                    _add_(new, start, stop, b, stream, use, scratch)
+                old.copy_(new)
+
+
+def _tile(uses: list[_Found], columns: int, bytes_per_column: int) -> int:
+    """How many columns of a parameter are moved together: whole rows of its matrix, within bounded scratch."""
+    inputs = {use.j for _, use, _, z in uses if z is not None} or {1}
+    of_rows = all(
+        use.j_stride == 1 and use.m_stride == use.j and use.offset % use.j == 0
+        for _, use, _, z in uses
+        if z is not None
+    )
+    if len(inputs) > 1 or not of_rows:
+        return columns
+    (j,) = inputs
+    return min(columns, max(1, TILE_BYTES // (j * bytes_per_column)) * j)
+
+
+def _add_(new: Tensor, start: int, stop: int, b: int, stream: int, found: _Found, scratch: _Scratch) -> None:
+    """Add the immediate Jacobian of one use to the columns ``start ... stop - 1`` of stream ``b``, ``(H, columns)``."""
+    step, use, delta, z = found
+    hidden, columns = new.shape
+    offset = step.column(use)
+    # Outputs of the map that lie in the tile; a tile of anything but whole rows has all of them.
+    low = max(0, (start - offset) // use.m_stride)
+    high = min(use.m, (stop - offset) // use.m_stride) if start > offset or stop < offset + use.m * use.j else use.m
+    if high <= low:
+        return
+    of_stream = delta[:, b, :, low:high].reshape(-1, (high - low) * hidden)  # (T, m w)
+    if z is None:
+        value = of_stream.sum(0).view(-1, hidden, 1)
+    else:
+        value = scratch.take("value", (high - low) * hidden * use.j, new).view(-1, use.j)
+        torch.mm(of_stream.T, z[:, stream + b].reshape(-1, use.j), out=value)
+        value = value.view(-1, hidden, use.j)
+    strides = (use.m_stride, columns, use.j_stride)
+    new.as_strided(value.shape, strides, offset + low * use.m_stride - start).add_(value)

@@ -177,6 +177,8 @@ class Influence:
             assert type(step) is type((self.window or steps)[0]), "a window holds steps of one class"
             self._steps_since_flush += step.count
             self.window.append(step)
+            if not self.groups.num_experts:
+                continue
             used = torch.zeros_like(self.awake).scatter_(1, step.experts, True)
             if self.tree is None:
                 self.influenced |= used
@@ -213,7 +215,8 @@ class Influence:
         self._ops.loss_row_(self.core, v, every)
         # Without a tree every expert is awake, always.
         awake = self._every_pair if self.tree is None else self.awake.nonzero()
-        self._ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
+        if self.groups.num_experts:
+            self._ops.loss_row_(self.experts, v.index_select(0, awake[:, 0]), self._rows(awake))
         core, experts = self._take_loss_rows(awake)
         if not bool(torch.isfinite(core.sum() + experts.sum())):
             bad = ~torch.isfinite(self.core).flatten(1).all(1)
@@ -551,6 +554,8 @@ class Influence:
         """Sum over the streams, and zero, the loss rows of the core and of (stream, expert) pairs ``(M, 2)``."""
         core = self.core[:, -1].sum(0)
         self.core[:, -1] = 0
+        if not self.groups.num_experts:
+            return core, self.groups.zero_gradients(core)[1]
         rows, loss_rows = self._rows(pairs), self.experts[:, -1]
         _, taken = self.groups.zero_gradients(self.core)
         taken.index_add_(0, pairs[:, 1], loss_rows.index_select(0, rows))

@@ -526,7 +526,7 @@ class Carry:
 
     def _note_joining(self, selected: list[RecurrentParameter]) -> None:
         """Warn of parameters that join while a stream is carried."""
-        trainable = {p.name for p in selected if p.trainable}
+        trainable = {p.name for p in selected if p.tensor.requires_grad}
         new = sorted(trainable - self._trainable) if self._past.segments else []
         if new:
             warnings.warn(
