@@ -15,7 +15,7 @@ FUZZ ?=
 FAULTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-ecosystem fuzz faults test-packages docs gpu-check ctest sanitize lint format clean
+.PHONY: help install demo test test-all test-ecosystem fuzz faults test-packages docs bench-gate gpu-check ctest sanitize lint format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
@@ -72,6 +72,9 @@ $(VENV)/.docs-installed: $(STAMP)
 
 docs: $(VENV)/.docs-installed  ## Build the documentation in build/site, running the pages of examples/
 	OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
+
+bench-gate: $(STAMP)  ## Compare ten ratios of time with the stored ones, against slower code (a minute)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/gate.py
 
 gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network
 	$(PYTHON) -m bench.gpu_check

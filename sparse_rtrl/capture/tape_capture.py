@@ -141,10 +141,14 @@ class TapeCapture:
             _by_streams(torch.stack([step[i] for step in chain.inputs]), dim, batch) for i, dim in enumerate(dims)
         ]
         linearizer = kind.step.linearizer
-        if not kind.weights or not all(map(torch.equal, kind.weights, weights)):
-            kind.weights = [w.clone() for w in weights]
-            kind.shared = linearizer.shared(weights, inputs)
-        found = linearizer(weights, inputs, states[:-1].flatten(0, 1))
+        try:
+            if not kind.weights or not all(map(torch.equal, kind.weights, weights)):
+                kind.weights = [w.clone() for w in weights]
+                kind.shared = linearizer.shared(weights, inputs)
+            found = linearizer(weights, inputs, states[:-1].flatten(0, 1))
+        except (RuntimeError, NotImplementedError) as error:  # what vmap has no rule for
+            self.refuse(f"its steps cannot be evaluated together: {error}")
+            raise NotTaped(kind.reason) from error
         if kind.step.tape.per_step[-1]:
             self._check_forward(kind, found.pop().view_as(states[1:]), states[1:])
         if self._store is None or self._store.step is not kind.step or self._store.batch_size != batch:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,7 +163,14 @@ def _refuse_operation(func: Any, args: tuple[Any, ...]) -> None:
         raise NotTraceable("its embedding scales gradients by how often a word occurs, or they are sparse")
     if torch.Tag.nondeterministic_seeded in func.tags:
         raise NotTraceable(f"it draws random numbers: {func}")
-    if torch.Tag.data_dependent_output in func.tags:
+    by_index = func in (
+        torch.ops.aten.index.Tensor,
+        torch.ops.aten.index_put.default,
+        torch.ops.aten.index_put_.default,
+    )
+    if by_index and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+        raise NotTraceable(f"how many entries it takes depends on the values of a tensor: {func} with a mask")
+    if not by_index and {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
         raise NotTraceable(f"what it does depends on the values of a tensor: {func}")
 
 
@@ -398,6 +405,7 @@ def _folded(patches: Tensor, sizes: list[int], stride: list[int], dilation: list
 
 
 _OVERRIDES: dict[Any, Callable[..., Any]] = {
+    **get_decompositions([torch.ops.aten._native_batch_norm_legit_no_training]),
     torch.ops.aten.hardsigmoid_backward.default: _hardsigmoid_backward,
     torch.ops.aten.convolution_backward.default: _convolution_backward,
 }

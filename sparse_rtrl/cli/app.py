@@ -713,6 +713,26 @@ def plan(
 
 
 @app.command(rich_help_panel="Inspect")
+def tape(
+    cell: Annotated[str, typer.Option(help="elman, gru or lstm.")] = "gru",
+    input_size: Annotated[int, typer.Option(min=1, help="Size of the input.")] = 4,
+    units: Annotated[int, typer.Option(min=1, help="Units of the cell.")] = 5,
+) -> None:
+    """Print the row tape of a cell: how rows go back through a step, where parameters enter, structure and cost.
+
+    **Examples**
+
+    - ``sparse-rtrl tape --cell gru --units 32``
+    """
+    from sparse_rtrl.cli import tapes
+    from sparse_rtrl.cli.commands import console
+
+    if cell not in tapes.TAPED:
+        raise typer.BadParameter(f"must be one of {', '.join(tapes.TAPED)}, got {cell}", param_hint="--cell")
+    tapes.show(console, cell, input_size, units)
+
+
+@app.command(rich_help_panel="Inspect")
 def env() -> None:
     """Show versions, hardware, and which backends this installation has; paste it into bug reports.
 
