@@ -2,9 +2,8 @@
 
 ``python bench/gate.py`` (or ``make bench-gate``) times ten contestants against BPTT of the same cell, in turns and in
 one process, and compares the medians of the ratios with those in ``bench/results/gate.json``. A ratio that is more than
-``--tolerance`` times the stored one fails. ``--store`` replaces the record; do so on an idle machine, at the commit
-that is to be kept. Every contestant's gradient is compared with float64 BPTT before it is timed, and so is the path that
-captured it.
+``--tolerance`` times the stored one fails; ``--store`` replaces the record. Every gradient is compared with BPTT in
+float64 before anything is timed, and it is checked which path captured it.
 """
 
 from __future__ import annotations

@@ -265,8 +265,8 @@ ENGINE = [
     Fault(
         "attributes_are_not_looked_at",
         "plain attributes of a module do not belong to the kind of its steps",
-        "            if type(value) in PLAIN_ATTRIBUTES:",
-        "            if name == 'training':",
+        '            if name not in _MODULE_FIELDS or name == "training":',
+        '            if name == "training":',
         ("tests/capture/test_row_tape.py::test_attributes_belong_to_the_kind_of_a_step",),
     ),
     Fault(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class _Kind:
         step: the tape with the columns of the parameters that are carried now.
         shared: what its tape needs of the parameters, and their values then.
         certain: whether a comparison with autograd has shown that it is right.
+        constants: tensors that it uses beside its arguments: how to get each now, and what it held.
     """
 
     tape: RowTape | None
@@ -47,6 +49,15 @@ class _Kind:
     shared: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     certain: bool = False
+    constants: list[tuple[Callable[[], Any], Tensor]] = field(default_factory=list)
+
+    def is_as_traced(self) -> bool:
+        """Whether the tensors that the module uses beside its arguments still hold what they did."""
+        for now, before in self.constants:
+            tensor = now()
+            if not isinstance(tensor, Tensor) or tensor.shape != before.shape or not torch.equal(tensor, before):
+                return False
+        return True
 
 
 class NotTaped(Exception):
@@ -201,6 +212,8 @@ class TapeCapture:
         trainable = tuple(id(p.tensor) for p in selected if p.tensor.requires_grad)
         weights = tuple((name, t.dtype) for name, t in self._weights)
         key = (chain.form, shapes, tuple(dims), trainable, weights, _attributes(self.module))
+        if key in self._kinds and not self._kinds[key].is_as_traced():
+            self._kinds[key, len(self._kinds)] = self._kinds.pop(key)  # counts, but is not found again
         if key not in self._kinds:
             if len(self._kinds) >= MAX_KINDS:
                 return _Kind(None, "attributes of the module, or its arguments, change all the time")
@@ -233,9 +246,11 @@ class TapeCapture:
         try:
             if len(dtypes) > 1:
                 raise NotTraceable(f"it computes in several dtypes, {sorted(map(str, dtypes))}")
+            holders = _holders(self.module)
             with _attributes_restored(self.module), torch.device("cpu"):
                 traced = trace_step(step, values, inputs, self.flat(like).squeeze(0))
-                return _Kind(build_tape(traced, values))
+                constants = [(holders.get(id(t), partial(_itself, t)), held) for t, held in traced.constants]
+                return _Kind(build_tape(traced, values), constants=constants)
         except NotTraceable as error:
             return _Kind(None, str(error))
 
@@ -258,11 +273,49 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
     for owner in module.modules():
         out.append(id(owner))
         for name, value in vars(owner).items():
-            if type(value) in PLAIN_ATTRIBUTES:
-                out.append((name, value))
+            if name not in _MODULE_FIELDS or name == "training":
+                out.append((name, _plain(value)))
         for hooks in (owner._forward_hooks, owner._forward_pre_hooks, owner._backward_hooks, owner._backward_pre_hooks):
             out += [key for key, hook in hooks.items() if not type(hook).__module__.startswith("sparse_rtrl.")]
     return tuple(out)
+
+
+def _plain(value: Any, depth: int = 4) -> Any:
+    """The plain values in an attribute: itself, those of a container, those of an object's own attributes."""
+    if type(value) in PLAIN_ATTRIBUTES:
+        return value
+    if depth == 0 or isinstance(value, (Tensor, nn.Module, type)):
+        return None
+    if isinstance(value, dict):
+        return tuple((str(name), _plain(part, depth - 1)) for name, part in value.items()) if len(value) < 32 else None
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(part, depth - 1) for part in value) if len(value) < 32 else None
+    return _plain(vars(value), depth - 1) if hasattr(value, "__dict__") else None
+
+
+def _holders(module: nn.Module) -> dict[int, Callable[[], Any]]:
+    """For each tensor in an attribute, or in a container there, by identity, how to get what is there now."""
+    out: dict[int, Callable[[], Any]] = {}
+    for owner in module.modules():
+        for name, value in vars(owner).items():
+            if isinstance(value, Tensor):
+                out[id(value)] = partial(getattr, owner, name, None)
+            elif isinstance(value, (list, tuple, dict)) and name not in _MODULE_FIELDS:
+                for place, part in value.items() if isinstance(value, dict) else enumerate(value):
+                    if isinstance(part, Tensor):
+                        out[id(part)] = partial(_part_of, owner, name, place)
+    return out
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _part_of(owner: nn.Module, name: str, place: Any) -> Any:
+    try:
+        return getattr(owner, name)[place]
+    except (AttributeError, IndexError, KeyError):
+        return None
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class TracedStep:
         new_state: the state behind the step, ``(H,)``.
         before: ``v dh'/dh``, ``(H,)``; None if the new state does not depend on the old one.
         gradients: ``v dh'/dθ`` in the parameter's shape, for each parameter; None where there is no path.
+        constants: tensors that the step uses without getting them, of any shapes, with what they hold.
     """
 
     graph: fx.GraphModule
@@ -56,6 +57,7 @@ class TracedStep:
     new_state: fx.Node
     before: fx.Node | None
     gradients: list[fx.Node | None]
+    constants: list[tuple[Tensor, Tensor]]
 
 
 def trace_step(step: StepFunction, parameters: Sequence[Tensor], inputs: Sequence[Tensor], state: Tensor) -> TracedStep:
@@ -94,6 +96,8 @@ class _Recorder(TorchDispatchMode):
         self.changes: dict[int, list[tuple[int, int]]] = {}
         """Ranges of memory that were changed in place, by memory, in order."""
         self.given: set[int] = set()
+        self.constants: list[tuple[Tensor, Tensor]] = []
+        """Tensors that are used without being given, with what they hold."""
 
     def placeholder(self, name: str, tensor: Tensor) -> fx.Node:
         node = self.graph.placeholder(name)
@@ -114,7 +118,8 @@ class _Recorder(TorchDispatchMode):
             if value.requires_grad:
                 raise NotTraceable(f"it uses a trainable tensor {tuple(value.shape)} that is none of its arguments")
             name = f"constant_{len(self.known)}"
-            self.root.register_buffer(name, value.detach().clone())
+            self.constants.append((value, value.detach().clone()))
+            self.root.register_buffer(name, self.constants[-1][1])
             return self._know(value, self.graph.get_attr(name))
         first, last = _range(value)
         if any(a < last and first < b for a, b in self.changes.get(_memory(value), [])[found[2] :]):
@@ -242,6 +247,7 @@ def _by_recording(
         results[0],
         results[1],
         [next(gradients) if w.requires_grad else None for w in weights],
+        recorder.constants,
     )
 
 
@@ -310,6 +316,7 @@ def _by_export(step: StepFunction, parameters: Sequence[Tensor], inputs: Sequenc
         outputs[0],
         outputs[-1],
         outputs[1 : 1 + count],
+        [],
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -526,10 +527,25 @@ class Slope(nn.Module):
 
     def forward(self, x, h):
         h = self.cell(x, h)
-        return h.detach() + self.slope * (h - h.detach())
+        slope = self.options.slopes[0] if self.slope is None else self.slope
+        return h.detach() + slope * (h - h.detach())
 
 
-def test_attributes_belong_to_the_kind_of_a_step():
+def as_number(module, value):
+    module.slope = value
+
+
+def in_an_object(module, value):
+    module.options = SimpleNamespace(slopes=[value])
+    module.slope = None
+
+
+def as_tensor(module, value):
+    module.slope = torch.tensor(value, **F64)
+
+
+@pytest.mark.parametrize("put", [as_number, in_an_object, as_tensor])
+def test_attributes_belong_to_the_kind_of_a_step(put):
     module, (x, c) = Slope(), data(12, 2)
     model = Stepwise(module)
 
@@ -537,7 +553,7 @@ def test_attributes_belong_to_the_kind_of_a_step():
         model.zero_grad()
         h, total = end(model.initial(2)), 0.0
         for t in range(12):
-            module.slope = 1.0 if t < 6 else 0.5
+            put(module, 1.0 if t < 6 else 0.5)
             output, h = model(x[t : t + 1], h)
             h = end(h)
             total = total + (output * c[t]).sum()

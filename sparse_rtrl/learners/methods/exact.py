@@ -171,7 +171,7 @@ class Exact(Past):
 
     def _left_to_graph(self, reasons: dict[int, str]) -> None:
         """Tell why, and let all modules listen again; more and more rarely if that is in vain."""
-        number, reason = next(iter(reasons.items()))
+        number, reason = min(reasons.items())  # what the whole module said, if it was called
         self._traced[number][1].note(reason)
         self._chosen = None
         self._failed += 1
