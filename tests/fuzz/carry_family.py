@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_rtrl import Carry
+from sparse_rtrl.capture.taped import TapedSteps
 
 from . import features
 from .case import Case, Gradients, Way, added, gradients_of
@@ -131,6 +132,10 @@ def make(draw: Draw) -> Case:
                 outputs.append(output)
             h = carry(h)
             counts[f"segment of {len(xs)}"] += 1
+            influence = getattr(getattr(carry, "_past", None), "_influence", None)
+            counts["taped segments"] += influence is not None and isinstance(
+                (influence.window or [None])[-1], TapedSteps
+            )
             c = stream.c[start:stop]
             if bool(c.any()):
                 pending.append((torch.cat(outputs) * c).sum())

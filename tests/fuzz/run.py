@@ -45,6 +45,7 @@ NEEDED = (
     "restart: reset and where", "restart: in place", "restart: all, reset", "start: none", "start: parameter",
     "start: encoder", "update: adam fused", "update: data add", "update: data replaced", "diagonal learners",
     "diagonal carries", "slot learners", "carries", "carries with updates", "slot learners with updates",
+    "taped segments",
     "diagonal learners with updates",
 )  # fmt: skip
 """What a few hundred cases must have exercised."""

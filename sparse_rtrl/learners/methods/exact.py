@@ -25,6 +25,10 @@ COMMIT_SECONDS, PULL_BACK_SECONDS, FLOPS = 5e-4, 2e-5, 1e11
 """What ``commit_every="auto"`` assumes of commits and of steps of a pull-back, beside arithmetic at that rate."""
 
 
+NOT_TRACED = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
+"""Wrappers whose calls talk to other processes or devices, or are no Python code. What they wrap may be traced."""
+
+
 class Exact(Past):
     """The influence matrix itself, ``P <- J P + F`` (Williams & Zipser 1989), by segments (Schmidhuber 1992).
 
@@ -55,7 +59,8 @@ class Exact(Past):
         unflat: Callable[[Tensor, list[Any]], list[Any]],
     ) -> None:
         """Capture by the row tape of the module's calls where that is possible; see :class:`TapeCapture`."""
-        self._traced = tuple((Calls(m), TapeCapture(m, batch_dim, flat, unflat)) for m in module.modules())
+        modules = [m for m in module.modules() if not isinstance(m, NOT_TRACED)]
+        self._traced = tuple((Calls(m), TapeCapture(m, batch_dim, flat, unflat)) for m in modules)
         for _, tape in self._traced:
             tape.carry(self.parameters)
 
