@@ -73,7 +73,7 @@ $(VENV)/.docs-installed: $(STAMP)
 docs: $(VENV)/.docs-installed  ## Build the documentation in build/site, running the pages of examples/
 	OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
 
-bench-gate: $(STAMP)  ## Compare ten ratios of time with the stored ones, against slower code (a minute)
+bench-gate: $(STAMP)  ## Compare twelve ratios of time with the stored ones, against slower code (a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/gate.py
 
 gpu-check:  ## Build, test and measure on a GPU; needs torch, triton, nvcc and pytest, and no network

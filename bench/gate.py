@@ -1,6 +1,6 @@
-"""A gate against slower code: ten ratios to eager BPTT, compared with stored ones.
+"""A gate against slower code: twelve ratios to eager BPTT, compared with stored ones.
 
-``python bench/gate.py`` (or ``make bench-gate``) times ten contestants against BPTT of the same cell, in turns and in
+``python bench/gate.py`` (or ``make bench-gate``) times every contestant against BPTT of the same cell, in turns and in
 one process, and compares the medians of the ratios with those in ``bench/results/gate.json``. A ratio that is more than
 ``--tolerance`` times the stored one fails; ``--store`` replaces the record. Every gradient is compared with BPTT in
 float64 before anything is timed, and it is checked which path captured it.
@@ -67,6 +67,35 @@ class Attending(nn.Module):
         return torch.tanh(0.9 * slots + self.block(slots + read)).flatten(1)
 
 
+class TwoLayers(nn.Module):
+    """``nn.LSTM`` of two layers of 64 units, its state flat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(16, 64, num_layers=2)
+        self.hidden_size = 256
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        state = h.view(-1, 2, 2, 64).permute(1, 2, 0, 3)
+        _, new = self.layers(x.unsqueeze(0), (state[0].contiguous(), state[1].contiguous()))
+        return torch.stack(new).permute(2, 0, 1, 3).flatten(1)
+
+
+class ConvLSTM(nn.Module):
+    """A convolutional LSTM on an image of 4 x 4, 4 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Conv2d(5, 16, 3, padding=1)
+        self.hidden_size = 128
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        hidden, cell = h.view(-1, 2, 4, 4, 4).unbind(1)
+        i, f, o, g = self.gates(torch.cat((x.view(-1, 1, 4, 4), hidden), 1)).chunk(4, 1)
+        cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+        return torch.stack((torch.sigmoid(o) * torch.tanh(cell), cell), 1).flatten(1)
+
+
 def slots() -> SlotMoECell:
     """Configuration A."""
     sizes = {"slot_size": 32, "num_slots": 4, "num_experts": 4, "top_k": 2, "read_slots": 2, "write_slots": 2}
@@ -81,6 +110,8 @@ ROWS = [
     Row("GRU 128, 1 stream, segment 64", lambda: nn.GRUCell(16, 128), 1, 64, TapedSteps),
     Row("Elman 64, 16 streams, segment 16", lambda: nn.RNNCell(16, 64), 16, 16, TapedSteps),
     Row("attention, 1 stream, segment 64", Attending, 1, 64, TapedSteps),
+    Row("two-layer LSTM 64, 16 streams, segment 32", TwoLayers, 16, 32, TapedSteps),
+    Row("ConvLSTM 4 x 4 x 4, 1 stream, segment 16", ConvLSTM, 1, 16, TapedSteps),
     Row("GRU 32 with a step outside, 1 stream, segment 16", lambda: nn.GRUCell(16, 32), 1, 16, StepJacobian),
     Row("slots A, fused, 1 stream, segment 64", slots, 1, 64, FusedSteps),
     Row("slots A, fused, 16 streams, segment 64", slots, 16, 64, FusedSteps),

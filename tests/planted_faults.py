@@ -260,7 +260,7 @@ ENGINE = [
         "the state that a trace computes is not compared with the one that the module returned",
         "            self._check_forward(kind, found.pop().view_as(states[1:]), states[1:])",
         "            found.pop()",
-        ("tests/learners/test_carry_edges.py", "tests/learners/test_carry.py"),
+        ("tests/capture/test_row_tape.py::test_what_ran_is_compared_with_what_the_trace_computes",),
     ),
     Fault(
         "attributes_are_not_looked_at",

@@ -21,12 +21,13 @@ from sparse_rtrl.capture.tape import RowTape
 from sparse_rtrl.capture.tape_rules import build_tape
 from sparse_rtrl.capture.taped import StepStore, TapedStep, TapedSteps
 from sparse_rtrl.capture.trace import NotTraceable, trace_step
-from sparse_rtrl.capture.verify import tolerance_of
 
 logger = logging.getLogger(__name__)
 
 MAX_KINDS = 16
 """Kinds of steps that one module may have; more of them mean that something changes at every step."""
+FORWARD_ROUNDING = 1000
+"""By how many times the rounding of the largest entry a state may differ that is computed for many streams at once."""
 PLAIN_ATTRIBUTES = (int, float, bool, str, type(None))
 
 
@@ -191,7 +192,7 @@ class TapeCapture:
     def _check_forward(self, kind: _Kind, computed: Tensor, ran: Tensor) -> None:
         """Refuse a trace that computes other states than those that were produced."""
         error, size = float((computed - ran).abs_().amax()), float(ran.abs().amax())
-        if error <= tolerance_of(ran.dtype) * size or not math.isfinite(size):
+        if error <= FORWARD_ROUNDING * torch.finfo(ran.dtype).eps * size or not math.isfinite(size):
             return  # what is not finite is refused elsewhere
         raise NotTaped(
             "the traced step gives another state than the module did: parameters changed since, streams of the batch"

@@ -572,6 +572,43 @@ def test_attributes_belong_to_the_kind_of_a_step(put):
     assert is_taped(carry)
 
 
+SCALE = [1.0]
+
+
+class Global(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 5, **F64)
+
+    def forward(self, x, h):
+        return self.cell(x, h) * SCALE[0]
+
+
+def test_what_ran_is_compared_with_what_the_trace_computes():
+    model, (x, c) = Stepwise(Global()), data(12, 2)
+
+    def run(end):
+        model.zero_grad()
+        h, losses = end(model.initial(2)), []
+        for t in range(12):
+            SCALE[0] = 1.0 if t < 6 else 0.7  # neither an argument nor an attribute
+            output, h = model(x[t : t + 1], h)
+            h = end(h)
+            losses.append((output * c[t]).sum())
+            if end is not stay:
+                losses[-1].backward()
+        if end is stay:
+            sum(losses).backward()
+        return gradients_of(model)
+
+    def stay(h):
+        return h
+
+    carry = Carry(model, verify="never", commit_every=20)
+    assert worst_error(run(carry), run(stay)) <= EXACT
+    assert carry._past._influence.commits >= 1  # from taped steps to maps of graphs
+
+
 def test_attributes_are_after_a_trace_what_they_were_before():
     class Records(nn.Module):
         def __init__(self):
