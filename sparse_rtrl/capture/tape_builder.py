@@ -310,8 +310,14 @@ class TapeBuilder:
         return isinstance(argument, fx.Node) and argument in self.dependent
 
     def operand_of(self, argument: Any) -> Coefficient:
-        """An argument that does not depend on the row, as a coefficient."""
-        return self.copy(argument) if isinstance(argument, fx.Node) else float(argument)
+        """An argument that does not depend on the row, as a coefficient of the row's dtype.
+
+        Coefficients are multiplied with each other, which integers and truth values do in ways of their own.
+        """
+        if not isinstance(argument, fx.Node):
+            return float(argument)
+        node = self.copy(argument)
+        return node if argument.meta["val"].dtype == self.dtype else self.emit(_to_dtype(self.dtype), node)
 
     def is_zero(self, argument: Any) -> bool:
         """Whether an argument is known to be all zeros."""

@@ -257,6 +257,33 @@ def test_rows_and_factors_are_those_of_autograd(kind):
     assert max(float(g.abs().max()) for g in gradients) > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64, torch.float32])
+def test_numbers_of_other_dtypes_are_those_of_the_row(dtype):
+    values = [torch.rand(5, **F64).requires_grad_()]
+
+    def step(p, i, h):
+        x = i[0]
+        return torch.tanh((h * x) * x * p[0] + (h * x + h * x) / (x + 1.0) + h / (x + 1))
+
+    given = torch.tensor([1, 0, 100, 20, 1]).to(dtype)
+    state = torch.rand(5, **F64)
+    if dtype == torch.float32:
+        given = given / 64  # so that no tanh is saturated
+    else:
+        state = state / 1e4
+    tape = build_tape(trace_step(step, values, [given], state), values)
+    linearizer, weights = Linearizer(tape), [v.detach() for v in values]
+    found = iter(linearizer(weights, [given.view(1, 5)], state.view(1, 5)))
+    shared = iter([t.unsqueeze(0) for t in linearizer.shared(weights, [given.view(1, 5)])])
+    every = [next(found) if per_step else next(shared) for per_step in tape.per_step]
+    v, deltas = torch.eye(5, **F64).unsqueeze(0), torch.empty(5 * sum(u.tau * u.m for u in tape.uses), **F64)
+    places, numbers = every[: tape.places], every[tape.places : tape.places + tape.numbers]
+    dispatch.rows_back_(v, deltas, tape.program(), places, numbers, None, tape.taps(), 1, 1, 0, tape.rows, tape.before)
+    expected = torch.autograd.functional.jacobian(lambda h: step(weights, [given], h), state)
+    assert float((v[0] - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+    assert float(expected.abs().max()) > 1
+
+
 @pytest.mark.parametrize("kind", ["gru", "attention", "routed"])
 @pytest.mark.parametrize("width", [1, 7, 20, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
