@@ -258,8 +258,8 @@ ENGINE = [
     Fault(
         "a_trace_is_not_compared_with_what_ran",
         "the state that a trace computes is not compared with the one that the module returned",
-        "            self._check_forward(kind, found.pop().view_as(states[1:]), states[1:])",
-        "            found.pop()",
+        "                self._check_forward(computed, ran)",
+        "                pass",
         ("tests/capture/test_row_tape.py::test_what_ran_is_compared_with_what_the_trace_computes",),
     ),
     Fault(

@@ -41,8 +41,8 @@ class Form:
 
     Attributes:
         spec: structure of the arguments ``(args, kwargs)``.
-        leaves: for each argument what it is: its value, ``("state", i)`` for the ``i``-th tensor of the state,
-            ``("tensor", shape, dtype)`` for another tensor.
+        leaves: for each argument what it is: ``("plain", type, value)``, ``("state", i)`` for the ``i``-th tensor of
+            the state, ``("tensor", shape, dtype)`` for another tensor.
         results: which leaves of the result are the tensors of the state.
     """
 
@@ -213,10 +213,10 @@ def _others(leaves: list[Any], state: list[Tensor], versions: dict[int, int]) ->
             kinds.append(("tensor", tuple(leaf.shape), leaf.dtype))
             others.append(leaf)
         elif type(leaf) in PLAIN:
-            kinds.append(leaf)
+            kinds.append(("plain", type(leaf), leaf))  # with its type: 1 equals True
         else:
             raise NoChain(f"an argument of the module is a {type(leaf).__name__}")
-    if {k[1] for k in kinds if isinstance(k, tuple) and k[0] == "state"} != set(range(len(state))):
+    if {k[1] for k in kinds if k[0] == "state"} != set(range(len(state))):
         raise NoChain("a call of the module did not get the whole state")
     return others, tuple(kinds)
 

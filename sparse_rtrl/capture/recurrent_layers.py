@@ -40,5 +40,5 @@ def single_steps(module: nn.Module, chain: Chain) -> Chain:
                 states.append(list(after) if isinstance(after, tuple) else [after])
         states.append(end)
     one = ("tensor", tuple(inputs[0][0].shape), inputs[0][0].dtype)
-    leaves = tuple(one if isinstance(leaf, tuple) and leaf[0] == "tensor" else leaf for leaf in chain.form.leaves)
+    leaves = tuple(one if leaf[0] == "tensor" else leaf for leaf in chain.form.leaves)
     return Chain(replace(chain.form, leaves=leaves), inputs, states)

@@ -162,7 +162,10 @@ class TapeCapture:
             self.refuse(f"its steps cannot be evaluated together: {error}")
             raise NotTaped(kind.reason) from error
         if kind.step.tape.per_step[-1]:
-            self._check_forward(kind, found.pop().view_as(states[1:]), states[1:])
+            sizes = [t.numel() // batch for t in chain.states[0]]
+            parts = (found.pop().view_as(states[1:]).split(sizes, 2), states[1:].split(sizes, 2))
+            for computed, ran in zip(*parts, strict=True):
+                self._check_forward(computed, ran)
         if self._store is None or self._store.step is not kind.step or self._store.batch_size != batch:
             self._store = StepStore(kind.step, batch)
         return self._store.append(found, kind.shared, count)
@@ -189,8 +192,8 @@ class TapeCapture:
             self._noted.add(reason)
             logger.info("captured from the autograd graph, exact but slower: %s", reason)
 
-    def _check_forward(self, kind: _Kind, computed: Tensor, ran: Tensor) -> None:
-        """Refuse a trace that computes other states than those that were produced."""
+    def _check_forward(self, computed: Tensor, ran: Tensor) -> None:
+        """Refuse a trace that computes another part of the states than what was produced, both ``(n, B, size)``."""
         error, size = float((computed - ran).abs_().amax()), float(ran.abs().amax())
         if error <= FORWARD_ROUNDING * torch.finfo(ran.dtype).eps * size or not math.isfinite(size):
             return  # what is not finite is refused elsewhere
@@ -234,10 +237,10 @@ class TapeCapture:
             given = iter(others)
             leaves: list[Any] = []
             for leaf in form.leaves:
-                if isinstance(leaf, tuple):
-                    leaves.append(parts[leaf[1]] if leaf[0] == "state" else next(given))
+                if leaf[0] == "plain":
+                    leaves.append(leaf[2])
                 else:
-                    leaves.append(leaf)
+                    leaves.append(parts[leaf[1]] if leaf[0] == "state" else next(given))
             args, kwargs = pytree.tree_unflatten(leaves, form.spec)
             by_name = {name: w for (name, _), w in zip(named, weights, strict=True)}
             returned = pytree.tree_leaves(functional_call(self.module, by_name, args, kwargs))
@@ -284,7 +287,7 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 def _plain(value: Any, depth: int = 4) -> Any:
     """The plain values in an attribute: itself, those of a container, those of an object's own attributes."""
     if type(value) in PLAIN_ATTRIBUTES:
-        return value
+        return type(value), value  # 1 equals True
     if depth == 0 or isinstance(value, (Tensor, nn.Module, type)):
         return None
     if isinstance(value, dict):

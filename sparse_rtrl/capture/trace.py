@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,10 +74,74 @@ def trace_step(step: StepFunction, parameters: Sequence[Tensor], inputs: Sequenc
         NotTraceable: if the step draws random numbers, branches on data, changes its inputs, or uses a trainable tensor
             that is not among its arguments; with the operation and, where it is known, the line of the user's code.
     """
+    _refuse_own_backward(step, parameters, inputs, state)
     try:
         return _by_recording(step, parameters, inputs, state)
     except _NotFunctional:
         return _by_export(step, parameters, inputs, state)
+
+
+class _Cuts(TorchFunctionMode):
+    """Refuses what lets a backward pass be another one than that of the operations that run forward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _VALUES:
+            raise NotTraceable(f"what it does depends on the values of a tensor: {func.__name__}")
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        cut = func in _CUTS or (not torch.is_grad_enabled() and func not in _LOOKS)
+        if cut and any(t.requires_grad for t in tensors):
+            name = getattr(func, "__name__", str(func))
+            raise NotTraceable(
+                f"it cuts the graph, or hooks into it, where its state or a parameter goes through: {name}"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_CUTS = (
+    *(Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.register_hook, Tensor.requires_grad_),
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+)
+_FORM = ("shape", "device", "dtype", "requires_grad", "is_cuda", "layout", "ndim", "is_sparse", "grad_fn", "is_leaf")
+_LOOKS = (
+    *(getattr(Tensor, name).__get__ for name in _FORM),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
+)
+"""What only looks at a tensor's form."""
+_VALUES = (
+    *(Tensor.tolist, Tensor.numpy, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__),
+    *(Tensor.__array__, Tensor.__format__),
+)
+"""What looks at its numbers."""
+
+
+def _refuse_own_backward(
+    step: StepFunction, parameters: Sequence[Tensor], inputs: Sequence[Tensor], state: Tensor
+) -> None:
+    """Refuse a step whose backward pass may change while what it computes forward stays the same.
+
+    That is so with custom functions, hooks, and graphs that are cut: a slope in them could come from anywhere, and a
+    trace would keep the one that it saw, where the state does not show it.
+
+    Raises:
+        NotTraceable: saying what was found.
+    """
+    weights = [p.detach().clone().requires_grad_(p.requires_grad) for p in parameters]
+    try:
+        with torch.enable_grad(), _Cuts():
+            new_state = step(weights, [i.detach().clone() for i in inputs], state.detach().clone().requires_grad_())
+    except NotTraceable:
+        raise
+    except Exception as error:  # whatever the user's code does
+        raise NotTraceable(f"tracing it failed: {type(error).__name__}: {_first_line(error)}") from error
+    stack, seen = [new_state.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise NotTraceable(f"it has a backward pass of its own: {node.name()}")
+        stack += [source for source, _ in node.next_functions]
 
 
 class _NotFunctional(Exception):

@@ -363,17 +363,25 @@ def test_an_embedding_stays_factored():
         (lambda p, i, h: h * p[0] if h.sum() > 0 else h, "depends on the values of a tensor"),
         (lambda p, i, h: h * p[0] * i[0].mul_(2), "changes one of its inputs in place"),
         (lambda p, i, h: h * p[0] * LOOSE, r"uses a trainable tensor \(5,\)"),
-        (lambda p, i, h: h.detach(), "does not depend on anything"),
+        (lambda p, i, h: h.detach(), "cuts the graph.*detach"),
         (lambda p, i, h: torch.cumsum(h * p[0], 0), "there is no rule for"),
         (lambda p, i, h: (h * p[0]).float().double(), "there is no rule for|changes the dtype"),
-        (lambda p, i, h: Clip.apply(h * p[0]), "not linear|there is no rule for"),
+        (lambda p, i, h: Clip.apply(h * p[0]), "cuts the graph|backward pass of its own"),
         (lambda p, i, h: 1 / 0, "ZeroDivisionError"),
+        (lambda p, i, h: h * p[0] * (1 if i[0].tolist()[0] > 0 else 2), "values of a tensor: tolist"),
+        (lambda p, i, h: h * p[0] * i[0].numpy()[0], "values of a tensor: numpy"),
+        (lambda p, i, h: h * under_no_grad(lambda: p[0].sqrt()), "cuts the graph"),
     ],
 )
 def test_what_cannot_be_traced_says_why(step, message):
     values = [torch.rand(5, **F64).requires_grad_()]
     with pytest.raises(NotTraceable, match=message):
         build_tape(trace_step(step, values, [torch.rand(5, **F64)], torch.rand(5, **F64)), values)
+
+
+def under_no_grad(function):
+    with torch.no_grad():
+        return function()
 
 
 LOOSE = torch.rand(5, **F64).requires_grad_()
@@ -546,16 +554,15 @@ def test_weights_are_those_of_the_step_although_the_optimizer_changes_them_in_pl
 
 
 class Slope(nn.Module):
-    """What its backward pass computes depends on an attribute that its forward pass does not use."""
+    """An attribute scales what it computes."""
 
     def __init__(self):
         super().__init__()
         self.cell, self.slope = nn.RNNCell(4, 5, **F64), 1.0
 
     def forward(self, x, h):
-        h = self.cell(x, h)
         slope = self.options.slopes[0] if self.slope is None else self.slope
-        return h.detach() + slope * (h - h.detach())
+        return slope * self.cell(x, h)
 
 
 def as_number(module, value):
