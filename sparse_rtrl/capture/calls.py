@@ -73,6 +73,8 @@ class NoChain(Exception):
 class _Hook:
     """The hook on a module; a copy of the module keeps one that does nothing."""
 
+    __name__ = "note_call"  # scripting a module asks for it
+
     def __init__(self, calls: Calls | None = None) -> None:
         self._calls = None if calls is None else weakref.ref(calls)
 
@@ -101,7 +103,8 @@ class Calls:
 
     module: nn.Module
     listening: bool = False
-    _entry: list[Tensor] = field(default_factory=list)
+    _entry: list[weakref.ref[Tensor]] = field(default_factory=list)
+    """Not held on to: behind the state stands the learner, which would never be freed."""
     _entry_versions: list[int] = field(default_factory=list)
     _current: set[int] = field(default_factory=set)
     """The tensors that a next step may get: those of the entry, or what the last call returned."""
@@ -115,6 +118,8 @@ class Calls:
         """Note one call, if it gets a tensor of the state that was returned last."""
         if not torch.is_grad_enabled():
             return  # an evaluation beside the stream: what it returns has no graph
+        if torch.is_autocast_enabled("cpu"):
+            return  # a trace would not know of it
         given: list[Tensor] = []
         _tensors(args, given)
         _tensors(kwargs, given)
@@ -132,7 +137,7 @@ class Calls:
         Args:
             entry: the tensors of the state that ``carry`` returns, each of any shape ``(..., B, ...)``.
         """
-        self._entry, self._noted, self.listening = entry, [], True
+        self._entry, self._noted, self.listening = [weakref.ref(t) for t in entry], [], True
         self._entry_versions = [t._version for t in entry]
         self._current = {id(t) for t in entry}
 
@@ -161,7 +166,10 @@ class Calls:
         results = _places(end, pytree.tree_leaves(noted[-1].result))
         if results is None:
             raise NoChain("the state is not what the module returned last, but something made of it")
-        state, form = self._entry, None
+        entry = [t for ref in self._entry if (t := ref()) is not None]
+        if len(entry) != len(self._entry):
+            raise NoChain("the module was not called with the state as it was returned")
+        state, form = entry, None
         versions = self._entry_versions
         inputs, states = [], [state]
         structure: Any = None

@@ -36,7 +36,8 @@ def single_steps(module: nn.Module, chain: Chain) -> Chain:
         with torch.no_grad():
             for step in steps[:-1]:
                 before = states[-1]
-                _, after = module(step, tuple(before) if len(before) == 2 else before[0])
+                # Not by a call: hooks are for what the user runs.
+                _, after = module.forward(step, tuple(before) if len(before) == 2 else before[0])
                 states.append(list(after) if isinstance(after, tuple) else [after])
         states.append(end)
     one = ("tensor", tuple(inputs[0][0].shape), inputs[0][0].dtype)

@@ -127,7 +127,7 @@ def _refuse_own_backward(
     """
     weights = [p.detach().clone().requires_grad_(p.requires_grad) for p in parameters]
     try:
-        with torch.enable_grad(), _Cuts():
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), _Cuts():
             new_state = step(weights, [i.detach().clone() for i in inputs], state.detach().clone().requires_grad_())
     except NotTraceable:
         raise

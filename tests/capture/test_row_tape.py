@@ -1,7 +1,9 @@
 """The row tape: what it understands, that it is exact, when a segment takes it, and what it refuses."""
 
 import copy
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -765,3 +767,54 @@ def test_the_command_prints_tapes():
     assert told.exit_code == 0 and "product, 1 x (16, 4)" in told.output and "weight_hh" in told.output
     assert "state Jacobian: 62% can be non-zero, after any number of steps 100%" in told.output
     assert CliRunner().invoke(app, ["tape", "--cell", "mlp"]).exit_code != 0
+
+
+def test_a_carry_is_freed_and_leaves_no_hook():
+    module = nn.GRUCell(4, 5, **F64)
+    carry = Carry(module)
+    h = carry(torch.zeros(3, 5, **F64))
+    for _ in range(2):
+        h = carry(module(torch.randn(3, 4, **F64), h))
+    gone = weakref.ref(carry)
+    del carry, h
+    gc.collect()
+    assert gone() is None and not module._forward_hooks
+
+
+def test_a_trace_leaves_random_numbers_and_hooks_alone():
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRUCell(4, 5, **F64)
+
+        def forward(self, x, h):
+            return nn.functional.dropout(self.cell(x, h), 0.3)
+
+    def draws(end):
+        module = Drops()
+        learner = end(module)
+        torch.manual_seed(3)
+        h = learner(torch.zeros(3, 5, **F64))
+        for _ in range(3):
+            h = learner(module(torch.ones(3, 4, **F64), h))
+        return torch.get_rng_state()
+
+    assert torch.equal(draws(Carry), draws(lambda module: lambda h: h))
+    layer, calls = nn.GRU(4, 5, **F64), []
+    layer.register_forward_hook(lambda *_: calls.append(None))
+    carry = Carry(layer, batch_dim=1)
+    h = carry(torch.zeros(1, 3, 5, **F64))
+    for _ in range(4):
+        h = carry(layer(torch.randn(3, 3, 4, **F64), h)[1])
+    assert is_taped(carry) and len(calls) <= 4 + 2  # the trace runs it twice
+
+
+def test_autocast_that_begins_later_is_captured_from_the_graph():
+    module = nn.RNNCell(4, 5)
+    carry = Carry(module)
+    h = carry(torch.zeros(3, 5))
+    for t in range(6):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=t > 3):
+            new = module(torch.randn(3, 4), h)
+        h = carry(new.float() if new.dtype != torch.float32 else new)
+    assert not isinstance(carry._past._influence.window[-1], TapedSteps)
