@@ -15,7 +15,7 @@
 namespace sparse_rtrl {
 namespace {
 
-constexpr int64_t kFields = 8;  // of an instruction that are used; a line may be longer
+constexpr int64_t kFields = 8;  // of an instruction
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("program must " + what); }
 
@@ -117,8 +117,7 @@ void rows_back_(Tensor v, Tensor deltas, Tensor program, std::vector<Tensor> ind
     throw std::out_of_range("stream must leave room for " + std::to_string(count) + " of " + std::to_string(batch) +
                             " streams, got " + std::to_string(stream));
   }
-  program = checked("program", program, v, ScalarType::Long, {-1, -1});
-  if (program.size(0) > 0 && program.size(1) < kFields) fail("program", "have 8 fields a line or more", program);
+  program = checked("program", program, v, ScalarType::Long, {-1, kFields});
   if (cotangents.has_value()) cotangents = checked("cotangents", *cotangents, v, dtype, {steps, batch, hidden});
   if (taps.size() % 3 != 0) throw std::invalid_argument("taps must be triples of row, tau and m");
   check_range(0, hidden, rows);

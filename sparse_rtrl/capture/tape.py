@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, fx
 
 COMBINE, PRODUCT = 0, 1
-FIELDS = 11
-"""Numbers of an instruction, see :meth:`RowTape.program`."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,12 @@ class RowTape:
     reaches: list[bool]
 
     def program(self) -> Tensor:
-        """The instructions as numbers, ``(I, FIELDS)`` int64: kind and the fields of its class, padded with zeros."""
-        lines = []
-        for instruction in self.instructions:
-            kind = COMBINE if isinstance(instruction, Combine) else PRODUCT
-            numbers = [kind, *(int(value) for value in vars(instruction).values())]
-            lines.append(numbers + [0] * (FIELDS - len(numbers)))
-        return torch.tensor(lines, dtype=torch.int64, device="cpu").view(-1, FIELDS)
+        """The instructions as numbers, ``(I, 8)`` int64: kind and the seven fields of its class."""
+        lines = [
+            [COMBINE if isinstance(i, Combine) else PRODUCT, *(int(value) for value in vars(i).values())]
+            for i in self.instructions
+        ]
+        return torch.tensor(lines, dtype=torch.int64, device="cpu").view(-1, 8)
 
     def taps(self) -> list[int]:
         """``row, τ, m`` of every use, one after the other."""

@@ -169,6 +169,9 @@ class TapeBuilder:
         per_step = self._depends_on_step(results)
         self.second.output(tuple(results))
         self.second.eliminate_dead_code()
+        for node in self.second.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = _meta(node)  # the form stays, the numbers of the traced run go
         return RowTape(
             size,
             self.instructions,

@@ -87,7 +87,7 @@ class _Cuts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in _VALUES:
             raise NotTraceable(f"what it does depends on the values of a tensor: {func.__name__}")
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         cut = func in _CUTS or (not torch.is_grad_enabled() and func not in _LOOKS)
         if cut and any(t.requires_grad for t in tensors):
             name = getattr(func, "__name__", str(func))
@@ -99,6 +99,7 @@ class _Cuts(TorchFunctionMode):
 
 _CUTS = (
     *(Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.register_hook, Tensor.requires_grad_),
+    *(Tensor.new_tensor, torch.tensor, torch.as_tensor, torch.asarray),
     Tensor.data.__get__,  # type: ignore[attr-defined]
 )
 _FORM = ("shape", "device", "dtype", "requires_grad", "is_cuda", "layout", "ndim", "is_sparse", "grad_fn", "is_leaf")
@@ -331,6 +332,8 @@ def record_operations(function: Callable[..., Sequence[Tensor]], arguments: Sequ
         results = function(*given)
     recorder.graph.output(tuple(recorder.node_of(t) for t in results))
     recorder.graph.eliminate_dead_code()
+    for node in recorder.graph.nodes:
+        node.meta.clear()  # the numbers of this run
     return fx.GraphModule(recorder.root, recorder.graph)
 
 

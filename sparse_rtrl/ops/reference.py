@@ -586,7 +586,7 @@ def rows_back_(
     Args:
         v: rows behind the last step, ``(G, w, H)``; afterwards those before the first one.
         deltas: receives for each tap, one after the other and flat, its ``delta (steps, G, τ, m, w)``.
-        program: instructions ``(I, fields)`` int64, :meth:`sparse_rtrl.capture.tape.RowTape.program`.
+        program: instructions ``(I, 8)`` int64, :meth:`sparse_rtrl.capture.tape.RowTape.program`.
         index: places, int32: ``(1, E)``, the same for every step and stream, ``(steps, E)``, or ``(steps * B, E)``.
         numbers: coefficients ``(..., E)`` and matrices ``(..., k, j, m)``, alike.
         cotangents: ``dL/dh`` behind each step, added to the first row there, ``(steps, B, H)``.
@@ -630,7 +630,7 @@ def _of_step(operand: Tensor, step: int, steps: int, batch: int) -> Tensor:
 
 def _combine(work: Tensor, line: list[int], index: list[Tensor], numbers: list[Tensor]) -> None:
     """``out[dst[e]] += coefficient[e] * entry[src[e]]`` for entries ``(G, rows, w)``."""
-    _, out, rows, _, dst, src, coefficient, _ = line[:8]
+    _, out, rows, _, dst, src, coefficient, _ = line
     count, _, width = work.shape
     taken = work.gather(1, index[src].long().unsqueeze(-1).expand(-1, -1, width))
     if coefficient >= 0:
@@ -641,7 +641,7 @@ def _combine(work: Tensor, line: list[int], index: list[Tensor], numbers: list[T
 
 def _multiply(work: Tensor, line: list[int], numbers: list[Tensor]) -> None:
     """``out[p, m] = sum_j entry[p, j] matrix[., j, m]`` for entries ``(G, rows, w)``."""
-    _, out, source, positions, matrices, inner, outer, matrix = line[:8]
+    _, out, source, positions, matrices, inner, outer, matrix = line
     count, _, width = work.shape
     rows = work[:, source : source + positions * inner].view(count, matrices, -1, inner, width)
     A = numbers[matrix].reshape(count, matrices, inner, outer)

@@ -373,6 +373,8 @@ def test_an_embedding_stays_factored():
         (lambda p, i, h: h * p[0] * (1 if i[0].tolist()[0] > 0 else 2), "values of a tensor: tolist"),
         (lambda p, i, h: h * p[0] * i[0].numpy()[0], "values of a tensor: numpy"),
         (lambda p, i, h: h * under_no_grad(lambda: p[0].sqrt()), "cuts the graph"),
+        (lambda p, i, h: h * p[0] + under_no_grad(lambda: torch.stack([h, h]))[0], "cuts the graph"),
+        (lambda p, i, h: h * p[0] + h.new_tensor(h), "cuts the graph"),
     ],
 )
 def test_what_cannot_be_traced_says_why(step, message):
@@ -744,11 +746,9 @@ def test_structure_is_the_pattern_of_the_jacobian_and_its_closure():
     blocks[:3, :3] = blocks[3:5, :5] = True
     blocks[5:, 5:] = torch.eye(4, dtype=torch.bool)
     assert torch.equal(found.closure, blocks)
-    sizes = [v.numel() for v in values]
-    # The first layer reaches five entries, the second two, each number of the rest its own.
-    assert found.reached == [n * (5 if i < 4 else 2 if i < 8 else 1) for i, n in enumerate([*sizes[1:], sizes[0]])][
-        -1:
-    ] + [n * (5 if i < 4 else 2) for i, n in enumerate(sizes[1:])]
+    # Each number of the decay reaches its own entry, the first layer five of them, the second two.
+    reach = [1, *[5] * 4, *[2] * 4]
+    assert found.reached == [n * v.numel() for n, v in zip(reach, values, strict=True)]
 
 
 def test_heads_are_blocks_and_data_has_no_structure():
@@ -818,3 +818,34 @@ def test_autocast_that_begins_later_is_captured_from_the_graph():
             new = module(torch.randn(3, 4), h)
         h = carry(new.float() if new.dtype != torch.float32 else new)
     assert not isinstance(carry._past._influence.window[-1], TapedSteps)
+
+
+def test_a_compiled_module_is_traced_and_not_compiled_again():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = torch.compile(nn.GRUCell(4, 5, **F64), backend="eager")
+    carry = Carry(module)
+    h = carry(torch.zeros(3, 5, **F64))
+    for _ in range(3):
+        h = carry(module(torch.randn(3, 4, **F64), h))
+    assert is_taped(carry)
+    assert torch._dynamo.utils.counters["frames"]["total"] <= 2
+
+
+def test_a_part_of_the_state_without_numbers():
+    module = Pair().double()
+    outer = _WithEmptyPart(module)
+    carry = Carry(outer)
+    h = carry((torch.zeros(3, 6, **F64), torch.zeros(3, 0, **F64)))
+    for _ in range(3):
+        h = carry(outer(torch.randn(3, 4, **F64), h))
+    assert all(bool(torch.isfinite(P).all()) for P in carry.influence().values())
+
+
+class _WithEmptyPart(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, state):
+        return self.module(x, state[0]), state[1] + 0

@@ -60,7 +60,11 @@ class Exact(Past):
     ) -> None:
         """Capture by the row tape of the module's calls where that is possible; see :class:`TapeCapture`."""
         modules = [m for m in module.modules() if not isinstance(m, NOT_TRACED)]
-        self._traced = tuple((Calls(m), TapeCapture(m, batch_dim, flat, unflat)) for m in modules)
+        # Of a module that torch.compile wrapped, its own code is traced: a trace must not compile anything.
+        codes = [getattr(m, "_orig_mod", m) for m in modules]
+        self._traced = tuple(
+            (Calls(m), TapeCapture(code, batch_dim, flat, unflat)) for m, code in zip(modules, codes, strict=True)
+        )
         for _, tape in self._traced:
             tape.carry(self.parameters)
 
@@ -104,6 +108,7 @@ class Exact(Past):
             tape.carry(parameters)
 
     def _close(self, end: Tensor, entry: Tensor | None, graph: SegmentGraph) -> None:
+        self._noted = None
         if entry is None or self._window_is_full(end.shape[1]):
             self._commit()
         captured = self._captured(end, entry, graph)
@@ -152,7 +157,7 @@ class Exact(Past):
         Raises:
             ContractError, MemoryError, NonFiniteError: as :meth:`close`.
         """
-        if self._noted is None or end.device.type != "cpu":
+        if self._noted is None or end.device.type != "cpu" or not len(end):
             return False
         (noted, state), self._noted = self._noted, None
         reasons: dict[int, str] = {}
