@@ -34,6 +34,6 @@ assert dispatch.__file__.startswith('$build'), dispatch.__file__
 assert not dispatch.compiled_problem, dispatch.compiled_problem"
 tests=$root/tests
 "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider --numprocesses auto \
-  "$tests/ops/test_compiled.py" "$tests/influence/test_tree.py" "$tests/ops/test_ops.py" "$tests/capture/test_slot_moe_pass.py" \
+  "$tests/ops/test_compiled.py" "$tests/influence/test_tree.py" "$tests/ops/test_ops.py" "$tests/capture/test_slot_moe_pass.py" "$tests/capture/test_row_tape.py" \
   "$tests/ops/test_diagonal_ops.py" \
   -k "not other_instruction_sets"
