@@ -17,7 +17,7 @@ with backpropagation through the whole past by plain autograd.
 *Error* is the largest relative error of any parameter's gradient. In float64 it may be {EXACT:.0e}. In float32, and in
 float64 with casts to float32, it may be twice that of BPTT in the same arithmetic against float64 (in brackets), and a
 rounding unit. *Truncated* is that of truncated BPTT, the larger of the two segment lengths. *Path* says how the
-segments were captured: step by step (chain), by factors, or, for so many of the parameters, by their dense immediate
+segments were captured: by the row tape (tape), by factors, or, for so many of the parameters, by their dense immediate
 Jacobian, which is exact, slower, and noted by a warning. *State* is the shape of its tensors, *streams* how many and in
 which dimension.
 
