@@ -263,6 +263,16 @@ ENGINE = [
         ("tests/capture/test_row_tape.py::test_what_ran_is_compared_with_what_the_trace_computes",),
     ),
     Fault(
+        "decisions_that_hang_on_rounding",
+        "steps whose decisions hang on rounding are evaluated again as if they could not fall differently",
+        "            if self._decisions is not None:",
+        "            if False:",
+        (
+            "tests/capture/test_row_tape.py"
+            "::test_steps_in_which_a_decision_hangs_on_rounding_are_captured_from_the_graph",
+        ),
+    ),
+    Fault(
         "attributes_are_not_looked_at",
         "plain attributes of a module do not belong to the kind of its steps",
         '            if name not in _MODULE_FIELDS or name == "training":',

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from sparse_rtrl.capture.calls import Chain
+from sparse_rtrl.capture.linearize import Undecided
 from sparse_rtrl.capture.parameters import RecurrentParameter
 from sparse_rtrl.capture.tape import RowTape
 from sparse_rtrl.capture.tape_rules import build_tape
@@ -139,7 +140,7 @@ class TapeCapture:
             end: the state behind them, ``(B, H)``.
 
         Raises:
-            NotTaped: if the trace computes something else than what ran.
+            NotTaped: if the trace computes something else than what ran, or might decide in another way.
         """
         kind, batch, count = self.kind, end.shape[0], len(chain.inputs)
         assert kind is not None and kind.tape is not None
@@ -158,6 +159,8 @@ class TapeCapture:
                 kind.weights = [w.clone() for w in weights]
                 kind.shared = linearizer.shared(weights, inputs)
             found = linearizer(weights, inputs, states[:-1].flatten(0, 1))
+        except Undecided as error:
+            raise NotTaped("in some of its steps a decision, such as a ReLU's, hangs on rounding") from error
         except (RuntimeError, NotImplementedError) as error:  # what vmap has no rule for
             self.refuse(f"its steps cannot be evaluated together: {error}")
             raise NotTaped(kind.reason) from error

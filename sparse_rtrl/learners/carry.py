@@ -38,9 +38,9 @@ class _Entry:
         self.trainable = [tensor.requires_grad for tensor in tensors]
         self.used = False
         self.before: list[Tensor] = []
-        """The parameters when a loss went back through a segment that was still open."""
+        """The parameters when losses went back: the same for all of them."""
         self.returned = self.time = 0
-        """Numbers of autograd's nodes: when the segment began, and when that loss went back."""
+        """Numbers of autograd's nodes: when the segment began, and when the last loss went back while it was open."""
         self.thread = threading.get_ident()  # autograd counts in every thread by itself
 
     def check_unchanged(self, nodes: Sequence[Any]) -> None:
@@ -69,8 +69,7 @@ class _Entry:
     def gradients(self, u: Tensor) -> list[Tensor | None]:
         if self.carry._capturing:  # a capture differentiates at fixed entry state
             return [None] * len(self.selected)
-        if self.used:
-            raise RuntimeError("backward was called twice through the same segment; add its losses up and call it once")
+        self._check_same_parameters()
         found = self.carry._past.gradients(self.index, u)
         for parameter, trainable in zip(self.selected, self.trainable, strict=True):
             if not trainable and parameter.tensor.requires_grad and parameter.name in found:
@@ -78,11 +77,25 @@ class _Entry:
                     f"{parameter.name} was unfrozen after carry had returned the state of this segment, so its gradient"
                     " through the past has nowhere to go: unfreeze parameters before h = carry(h)"
                 )
-        self.used = True
         if self.index == self.carry._past.segments and threading.get_ident() == self.thread:
             self.time = _time()
-            self.before = [p.tensor.detach().clone() for p in self.selected]
         return [_as_gradient(found[p.name], p.tensor) if p.name in found else None for p in self.selected]
+
+    def _check_same_parameters(self) -> None:
+        """Refuse a loss of a segment if parameters changed since another one went back: its graph has the new ones.
+
+        Fused optimizers and ``.data`` change them without torch's noticing.
+        """
+        if not self.used:
+            self.used = True
+            self.before = [p.tensor.detach().clone() for p in self.selected]
+            return
+        for parameter, before in zip(self.selected, self.before, strict=True):
+            if not torch.equal(parameter.tensor.detach(), before):
+                raise RuntimeError(
+                    f"{parameter.name} changed between two calls of backward through the same segment: call backward or"
+                    " torch.autograd.grad for each of its losses before the optimizer's step"
+                )
 
 
 def _time() -> int:

@@ -647,6 +647,60 @@ def test_what_ran_is_compared_with_what_the_trace_computes():
     assert carry._past._influence.commits >= 1  # from taped steps to maps of graphs
 
 
+class Equal(nn.Module):
+    """Quantities that are equal but for rounding, and what looks at the difference."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look, self.across = look, nn.Linear(7, 7, **F64)
+        self.one, self.other = (nn.Parameter(torch.full((7, 7), 0.1, **F64)) for _ in range(2))
+        self.into = nn.Linear(4, 7, **F64)
+
+    def forward(self, x, h):
+        difference = h @ self.one.T - (h.unsqueeze(1) * self.other).sum(2)
+        looked_at = {
+            "relu": lambda: torch.relu(difference),
+            "abs": lambda: difference.abs(),
+            "maximum": lambda: (h @ self.one.T).amax(1, keepdim=True),
+            "choice": lambda: torch.where(difference > 0, h @ self.one.T, h.sin()),
+            "first": lambda: self.other.T[(h @ self.one.T).argmax(1)],
+        }[self.look]()
+        return torch.tanh(self.across(h) + looked_at + self.into(x))
+
+
+@pytest.mark.parametrize("look", ["relu", "abs", "maximum", "choice", "first"])
+def test_steps_in_which_a_decision_hangs_on_rounding_are_captured_from_the_graph(look, caplog):
+    for batch in (1, 3, 5):
+        torch.manual_seed(batch)
+        model, (x, c) = Stepwise(Equal(look), 7), data(16, batch)
+        expected = bptt(model, x, c)
+        with caplog.at_level(logging.INFO, logger="sparse_rtrl"):
+            found, carry = carried(model, x, c, (3,), verify="never")
+        assert worst_error(found, expected) <= EXACT
+        assert "hangs on rounding" in caplog.text and not is_taped(carry)
+
+
+class Flags(nn.Module):
+    """Decides by whole numbers: flags in its input, a counter in its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 5, **F64)
+
+    def forward(self, x, h):
+        new = torch.where((x[:, :1] == 1.0) | (h[:, 5:] % 3 == 2), self.cell(x, h[:, :5]), h[:, :5])
+        return torch.cat([new, h[:, 5:] + 1], 1)
+
+
+def test_decisions_by_whole_numbers_do_not_hang_on_rounding():
+    torch.manual_seed(0)
+    model, (x, c) = Stepwise(Flags(), 6), data(16, 3)
+    x = (x > 0).to(x)
+    found, carry = carried(model, x, c, (4,))
+    assert worst_error(found, bptt(model, x, c)) <= EXACT
+    assert is_taped(carry)
+
+
 def test_attributes_are_after_a_trace_what_they_were_before():
     class Records(nn.Module):
         def __init__(self):
