@@ -266,7 +266,7 @@ class TapeBuilder:
         node.meta["val"] = tensor
         return node
 
-    def _known_now(self, node: fx.Node) -> Tensor | None:
+    def known_now(self, node: fx.Node) -> Tensor | None:
         """The value of a node of the second graph that depends on no input."""
         stack, seen = [node], set()
         while stack:
@@ -282,6 +282,11 @@ class TapeBuilder:
                 values[each] = graph.node_copy(each, lambda n: values[n])
         graph.output(values[node])
         return fx.GraphModule(self.root, graph)()
+
+    def fixed(self, places: Tensor | fx.Node) -> Tensor | fx.Node:
+        """Places, of any shape ``(...)``, as a tensor if they depend on no input."""
+        known = None if isinstance(places, Tensor) else self.known_now(places)
+        return places if known is None else known
 
     def _number_of(self, node: fx.Node, key: Any = None) -> int:
         """Number of a node among the coefficients and matrices; equal keys share one."""
@@ -391,7 +396,7 @@ class TapeBuilder:
     def keep(self, value: Value, mask: fx.Node, shape: Sequence[int], where: bool = True) -> Value:
         """A value broadcast to a shape, with zeros where a mask is not ``where``; exact zeros, whatever stood there."""
         value = self.expand(value, shape)
-        if (known := self._known_now(mask)) is not None:
+        if (known := self.known_now(mask)) is not None:
             kept = (known.bool() == where).expand(value.shape)
             if bool(kept.all()):
                 return value
@@ -464,10 +469,11 @@ class TapeBuilder:
         """Add the entries of a value at ``dst (numel,)`` into ``rows`` new ones; returns the first."""
         value = self._without_lazy(value)
         out, terms = self._allocate(rows), value.terms
+        dst = self.fixed(dst)
         if any(isinstance(t.index, fx.Node) for t in terms) or isinstance(dst, fx.Node):
             return self._combine_by_data(value, dst, out, rows)
         src = torch.stack([t.index.flatten() for t in terms], 1) if terms else torch.zeros(value.numel, 0).long()
-        to = dst.unsqueeze(1).expand_as(src).flatten()
+        to = dst.reshape(-1, 1).expand_as(src).flatten()
         kept = (src.flatten() >= 0).nonzero().flatten()
         kept = kept[to[kept].argsort(stable=True)]
         coefficient = -1

@@ -79,7 +79,7 @@ def _cat(build: TapeBuilder, node: Any) -> Value:
 
 
 def _placed(build: TapeBuilder, node: Any) -> Value:
-    """``slice_scatter`` and ``select_scatter``: a value with a part of it replaced by another one."""
+    """``slice_scatter`` and its kind: a value with a part of it replaced by another one."""
     base = build.row_or_zero(node.args[0], node)
     part = build.row_or_zero(node.args[1], node)
     shape, rest = tuple(node.meta["val"].shape), list(node.args[2:])
@@ -200,7 +200,7 @@ def _gathered(build: TapeBuilder, node: Any) -> Value:
     value = build.as_entries(build.value_of(node.args[0]))
     places = build.constant(value.terms[0].index)
     rest = [_copied(build, argument) for argument in node.args[1:]]
-    return Value(tuple(node.meta["val"].shape), [Term(build.emit(node.target, places, *rest))])
+    return Value(tuple(node.meta["val"].shape), [Term(build.fixed(build.emit(node.target, places, *rest)))])
 
 
 def _copied(build: TapeBuilder, argument: Any) -> Any:
@@ -226,8 +226,13 @@ def _scattered(build: TapeBuilder, node: Any) -> Value:
         adds = target in (aten.scatter_add.default, aten.index_add.default)
         chosen = aten.index_select.default if target is aten.index_add.default else aten.gather.default
         dst = build.emit(chosen, everywhere, dim, _copied(build, index))
-    if not adds and base.terms:
-        raise NotTraceable(f"there is no rule for {describe(node)}")
+    if not adds and base.terms:  # what is overwritten is gone
+        if target is not aten.index_put.default:
+            raise NotTraceable(f"there is no rule for {describe(node)}")
+        everything = build.constant(torch.ones(shape, dtype=torch.bool))
+        nothing = build.constant(torch.zeros((), dtype=torch.bool))
+        left = build.emit(target, everything, _copied(build, node.args[1]), nothing)
+        base = build.keep(base, left, shape)
     if node.kwargs.get("alpha", 1) != 1:
         raise NotTraceable(f"there is no rule for {describe(node)}")
     value = build.row_or_zero(source, node)
@@ -288,7 +293,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int), _split),
     operator.getitem: _getitem,
     aten.cat.default: _cat,
-    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _placed),
+    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default), _placed),
     aten.constant_pad_nd.default: _padded,
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _product_with_numbers),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _quotient),

@@ -8,7 +8,6 @@ state, it stands in that graph: coverage is read from it, not sampled.
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +16,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._decomp import core_aten_decompositions
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_rtrl.capture.decompositions import DECOMPOSITIONS
 
 StepFunction: TypeAlias = Callable[[list[Tensor], list[Tensor], Tensor], Tensor]
 """``step(parameters, inputs, state (H,)) -> new state (H,)`` of one stream."""
@@ -274,7 +275,7 @@ def _functional(func: Any) -> Any:
 
 @functools.cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    return {**core_aten_decompositions(), **_OVERRIDES}
+    return {**core_aten_decompositions(), **DECOMPOSITIONS}
 
 
 def _by_recording(
@@ -410,78 +411,3 @@ def describe(node: fx.Node) -> str:
     trace = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
     where = f" ({trace[-2]}: {trace[-1]})" if len(trace) > 1 else ""
     return f"{node.target}{where}"
-
-
-def _hardsigmoid_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    # ATen's kernel multiplies by 1 / 6 in float32, also for float64; a captured step must equal what ran.
-    sixth = float(torch.tensor(1.0) / torch.tensor(6.0))
-    return gradient * torch.where((x > -3.0) & (x < 3.0), sixth, 0.0).to(x.dtype)
-
-
-def _convolution_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Any,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-    output_mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The backward pass of a convolution as matrix products of patches, one for each group of channels."""
-    if transposed or x.shape[0] != 1:
-        raise NotTraceable("transposed convolutions are not supported")
-    dims = range(x.dim() - 2)
-    padded = torch.nn.functional.pad(x, [n for d in reversed(dims) for n in (padding[d], padding[d])])
-    patches = padded
-    for d in dims:
-        reach = (weight.shape[2 + d] - 1) * dilation[d] + 1
-        patches = patches.unfold(2 + d, reach, stride[d])[..., :: dilation[d]]
-    count = len(dims)
-    places = gradient.shape[2:]
-    of_x, of_weight = [], []
-    for delta, w, z in zip(gradient.chunk(groups, 1), weight.chunk(groups, 0), patches.chunk(groups, 1), strict=True):
-        rows = delta.reshape(delta.shape[1], places.numel())
-        z = z.permute(0, *range(2, 2 + count), 1, *range(2 + count, 2 + 2 * count))
-        of_weight.append((rows @ z.reshape(places.numel(), -1)).reshape(w.shape))
-        if output_mask[0]:
-            back = (rows.t() @ w.reshape(w.shape[0], -1)).reshape(*places, *w.shape[1:])
-            of_x.append(_folded(back, list(padded.shape[2:]), stride, dilation))
-    grad_x = None
-    if output_mask[0]:
-        grad_x = torch.cat(of_x, 0).unsqueeze(0)
-        for d in dims:
-            grad_x = grad_x.narrow(2 + d, padding[d], x.shape[2 + d])
-    bias = gradient.sum([0, *range(2, gradient.dim())]) if output_mask[2] else None
-    return grad_x, torch.cat(of_weight, 0) if output_mask[1] else None, bias
-
-
-def _folded(patches: Tensor, sizes: list[int], stride: list[int], dilation: list[int]) -> Tensor:
-    """Patches ``(*places, C, *kernel)`` added up where they were taken from, ``(C, *sizes)``."""
-    count = len(sizes)
-    places, channels, kernel = patches.shape[:count], patches.shape[count], patches.shape[count + 1 :]
-    total: Tensor | None = None
-    for offset in itertools.product(*(range(k) for k in kernel)):
-        part = patches
-        for place in reversed(offset):
-            part = part.select(-1, place)
-        part = part.movedim(-1, 0)  # (C, *places)
-        for d in range(count):
-            first = offset[d] * dilation[d]
-            shape = [channels, *sizes[: d + 1], *places[d + 1 :]]
-            last = first + (places[d] - 1) * stride[d] + 1
-            part = part.new_zeros(shape).slice_scatter(part, d + 1, first, last, stride[d])
-        total = part if total is None else total + part
-    assert total is not None
-    return total
-
-
-_OVERRIDES: dict[Any, Callable[..., Any]] = {
-    **get_decompositions([torch.ops.aten._native_batch_norm_legit_no_training]),
-    torch.ops.aten.hardsigmoid_backward.default: _hardsigmoid_backward,
-    torch.ops.aten.convolution_backward.default: _convolution_backward,
-}
-"""Decompositions beside torch's own: where they must equal what ATen computes, or take apart what is opaque."""
