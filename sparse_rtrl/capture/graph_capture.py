@@ -28,7 +28,7 @@ from sparse_rtrl.capture.parameter_uses import (
     without_reducers,
 )
 from sparse_rtrl.capture.segment import Factors, Term
-from sparse_rtrl.capture.verify import PROBE_SCALE
+from sparse_rtrl.capture.verify import PROBE_SCALE, SQUARING
 from sparse_rtrl.errors import ContractError
 
 
@@ -339,7 +339,10 @@ class Tolerance:
         self._relative = self._of_dtypes()
 
     def _of_dtypes(self) -> float:
-        return min(0.2, 50 * _rounding(self._dtypes, self._cuda, self._graph) ** 0.75)
+        rounding = _rounding(self._dtypes, self._cuda, self._graph)
+        if self._whole_graph and self._graph.has(SQUARING):
+            return min(0.2, 50 * max(rounding**0.75, abs(PROBE_SCALE) * rounding))
+        return min(0.2, 50 * rounding**0.75)
 
     def explains(self, error: float) -> bool:
         """Whether rounding explains a relative error; what is not finite is refused elsewhere."""

@@ -119,6 +119,7 @@ FROM_GRAPH = {
     "cdist": lambda m, z, h, x: torch.cdist(h.unsqueeze(1), m.W.unsqueeze(0)).squeeze(1),
     "fft": lambda m, z, h, x: torch.fft.irfft(torch.fft.rfft(h, dim=1) * torch.fft.rfft(m.W[0]), n=8, dim=1),
     "inverse": lambda m, z, h, x: h @ torch.linalg.inv(m.W + 5 * torch.eye(8, **F64)),
+    "matrix exponential": lambda m, z, h, x: h @ torch.matrix_exp(m.W - m.W.T),
     "qr": lambda m, z, h, x: h @ torch.linalg.qr(m.W)[0],
 }
 

@@ -13,7 +13,7 @@ from sparse_rtrl.capture.graph_capture import GraphCapture
 from sparse_rtrl.capture.parameter_uses import SegmentGraph, without_hooks, without_reducers
 from sparse_rtrl.capture.parameters import RecurrentParameter
 from sparse_rtrl.capture.segment import Factors
-from sparse_rtrl.capture.verify import OTHER_STREAMS, STATE, Verifier, tolerance_of
+from sparse_rtrl.capture.verify import OTHER_STREAMS, SQUARING, STATE, Verifier, tolerance_of
 from sparse_rtrl.influence.sparse import check_finite
 
 
@@ -165,7 +165,8 @@ class Past(ABC):
             found[p.name] = direct[p.columns].view(p.shape)
             expected[p.name] = torch.view_as_real(g.resolve_conj()) if g is not None and g.is_complex() else g
         dtypes = {end.dtype, *graph.floating_dtypes()}
-        tolerance = max(map(tolerance_of, dtypes))
+        squaring = graph.has(SQUARING)
+        tolerance = max(tolerance_of(dtype, squaring) for dtype in dtypes)
         self.verifier.compare(self.segments, stream, found, expected, tolerance, _REASONS)
 
     @abstractmethod
