@@ -394,13 +394,14 @@ class DiagonalInfluence:
         return layout.unquery(torch.bmm(by_row, rows.transpose(0, 1).conj()))
 
     @full_precision
-    def loss_gradient(self, position: int, u: Tensor, number: int) -> list[Tensor | None]:
+    def loss_gradient(self, position: int, u: Tensor, number: int, last: bool = True) -> list[Tensor | None]:
         """Gradient through the past before a segment of the window.
 
         Args:
             position: place of the segment in the window.
             u: gradient of the loss by the entries of the state that entered it, ``(B, *state_shape)``.
             number: number of its first step, for messages.
+            last: whether no other loss of that segment comes; a full window is then committed on the way.
 
         Returns:
             Per projection ``(M, J)``, and that of the initial entries, ``(B, *state_shape)``; None where none is kept.
@@ -415,7 +416,7 @@ class DiagonalInfluence:
         if before:
             direct, u = self.through(self._capture(), before, u)
         newest = position == len(self.window) - 1
-        if newest and (self.commit_at_loss or (self.is_full and position == 0)):
+        if last and newest and (self.commit_at_loss or (self.is_full and position == 0)):
             past = self._commit(u)  # no later loss needs the influence as it is now
         else:
             past = self.carried(u)

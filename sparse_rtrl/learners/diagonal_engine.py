@@ -19,7 +19,7 @@ from sparse_rtrl.influence.diagonal import DiagonalInfluence, RecordedSteps, rec
 from sparse_rtrl.influence.estimate import available_bytes
 from sparse_rtrl.influence.sparse import check_finite
 from sparse_rtrl.learners.engine import checked_mask, describe, refusals
-from sparse_rtrl.learners.entry import EnterSegment, SegmentEntry
+from sparse_rtrl.learners.entry import EnterSegment, SegmentEntry, graph_is_kept
 from sparse_rtrl.ops import dispatch
 from sparse_rtrl.ops.precision import full_precision
 
@@ -342,7 +342,7 @@ class DiagonalEngine:
             u: gradient of the loss by the entries that entered it, ``(B, *state_shape)``.
             number: number of its first step, for messages.
         """
-        return self._of_kept(self.influence.loss_gradient(position, u, number))
+        return self._of_kept(self.influence.loss_gradient(position, u, number, last=not graph_is_kept()))
 
     def _of_kept(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         """Gradients of projections and of initial entries, one per tensor of :meth:`current_tensors`."""

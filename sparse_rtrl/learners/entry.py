@@ -51,6 +51,11 @@ class EnterSegment(torch.autograd.Function):
         return None, None, *(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running leaves its graph for another one (``retain_graph=True``)."""
+    return torch._C._current_graph_task_id() >= 0 and torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+
+
 class SegmentEntry:
     """The entry of a segment: receives ``dL/dh_entry`` in the backward pass and answers with gradients."""
 

@@ -47,6 +47,26 @@ def test_gradient_is_that_of_bptt_at_the_memory_of_the_learner(name, commit_ever
     assert carry.estimate(cell.initial_state(3)).influence_bytes == carry.kept_bytes
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_losses_of_a_segment_may_go_back_apart(name):
+    cell, x, c = make_cell(name), inputs(9, 3), cotangents(9, 3, density=1.0)
+    expected = bptt(cell, x, c)
+    carry, total = Carry(cell), {n: torch.zeros_like(p) for n, p in cell.named_parameters()}
+    state = carry(cell.initial_state(3))
+    for t in range(0, 9, 3):
+        outputs, state = cell.unroll(x[t : t + 3], state)
+        apart = [(outputs[i] * c[t + i]).sum() for i in range(3)]
+        state = carry(state)
+        names, parameters = zip(*((n, p) for n, p in cell.named_parameters() if p.requires_grad), strict=True)
+        for i, loss in enumerate(apart):
+            found = torch.autograd.grad(loss, parameters, retain_graph=i < 2, allow_unused=True)
+            for name_of, gradient in zip(names, found, strict=True):
+                total[name_of] += 0.0 if gradient is None else gradient
+    assert worst_error(total, expected) <= 1e-12
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        apart[0].backward()
+
+
 def test_resuming_is_bit_for_bit():
     cell, x, c = make_cell("lru"), inputs(12, 3), cotangents(12, 3)
     carry = Carry(cell, commit_every=2)

@@ -299,6 +299,11 @@ class Diagonal:
         if engine is None:
             return {}
         position = index - (self.segments - len(engine.influence.window))
+        if position < 0 and index == self.segments - 1:
+            raise RuntimeError(
+                "the influence has moved past this segment with a loss of it that went back before this one: call"
+                " backward with retain_graph=True for all losses of a segment but the last, or add them up"
+            )
         if position < 0:
             raise too_late()
         found = engine.past_gradients(position, self._entries(u), index)
