@@ -265,7 +265,7 @@ ENGINE = [
     Fault(
         "decisions_that_hang_on_rounding",
         "steps whose decisions hang on rounding are evaluated again as if they could not fall differently",
-        "            if self._decisions is not None:",
+        "            if self._shaken is not None:",
         "            if False:",
         (
             "tests/capture/test_row_tape.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,20 +10,36 @@ import torch
 from torch import Tensor, fx
 
 from sparse_rtrl.capture.tape import RowTape
+from sparse_rtrl.capture.tape_builder import MOVES, SAMES
 from sparse_rtrl.capture.trace import record_operations
 
 aten = torch.ops.aten
 
 MAX_SIZES = 8
 """Numbers of steps for which a flat program is kept."""
-SHAKEN_BY = 16
-"""By how many times the rounding of a number it is changed to see which decisions hang on rounding."""
-_STEPS = (
+SHAKEN_BY = 32
+"""By how many times the rounding of a number it is changed, at most, to see which decisions hang on rounding."""
+_JUMPS = (
     *(aten.sign.default, aten.sgn.default, aten.floor.default, aten.ceil.default, aten.round.default),
     *(aten.round.decimals, aten.trunc.default, aten.heaviside.default, aten.floor_divide.default),
     *(aten.div.Tensor_mode, aten.div.Scalar_mode),
 )
 """Operations with floating-point results that jump."""
+_SAME_ALWAYS = frozenset(
+    (
+        *MOVES,
+        *SAMES,
+        *_JUMPS,
+        *(operator.getitem, aten.cat.default, aten.stack.default, aten.gather.default, aten.index.Tensor),
+        *(aten.index_select.default, aten.embedding.default, aten.split.Tensor, aten.split_with_sizes.default),
+        *(aten.unbind.int, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default),
+        *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.neg.default),
+        *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.remainder.Scalar),
+        *(aten.remainder.Tensor, aten.abs.default, aten.relu.default, aten.clamp.default, aten.where.self),
+        *(aten.maximum.default, aten.minimum.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+    )
+)
+"""Operations that give the same bits from the same bits, one entry at a time or many at once."""
 
 
 class Linearizer:
@@ -40,11 +57,12 @@ class Linearizer:
         graph = tape.second
         count = len(tape.per_step)
         results = list(next(node for node in graph.graph.nodes if node.op == "output").args[0])  # type: ignore[arg-type]
-        decisions = _decisions(graph, len(tape.reaches))
+        uncertain = _rounded(graph, len(tape.reaches))
+        decisions = [node for node in graph.graph.nodes if node in uncertain and _jumps(node)]
         per_step = [results[i] for i in range(count) if tape.per_step[i]]
         self._shared = _part(graph, [results[i] for i in range(count) if not tape.per_step[i]])
         self._per_step = _part(graph, per_step + decisions)
-        self._decisions = _part(graph, decisions) if decisions else None
+        self._shaken, self._noise = _shaken(graph, decisions, uncertain, len(tape.reaches))
         self._count = len(per_step)
         self._flat: dict[Any, Any] = {}
         self._calls = 0
@@ -84,7 +102,7 @@ class Linearizer:
         arguments = [*parameters, *inputs, states]
         with torch.no_grad():
             found = list(self._evaluate(self._per_step, arguments, len(parameters)))
-            if self._decisions is not None:
+            if self._shaken is not None:
                 self._check_decided(found[self._count :], arguments, len(parameters))
         return found[: self._count]
 
@@ -92,17 +110,26 @@ class Linearizer:
         """Refuse steps in which a decision is another one if numbers change by a little more than their rounding.
 
         Steps are evaluated many at once, which rounds in other ways than what ran: a decision between equal quantities
-        may then fall differently. Everything is changed up and down by turns, so that a difference of two quantities
-        that is as small as rounding gets both signs. Whole numbers in inputs and states are left: they are added and
-        compared without rounding, and decisions on them (flags, counters, words) are meant.
+        may then fall differently. What may round differently is changed up and down by turns, so that a difference of
+        two quantities that is as small as rounding gets both signs.
         """
+        assert self._shaken is not None
         self._calls += 1
         generator = torch.Generator(device="cpu").manual_seed(self._calls)
-        assert self._decisions is not None
-        signs = [_signs(a, generator) for a in arguments]
-        for way in (1.0, -1.0):
-            shaken = [_shaken(a, s, way, i < parameters) for i, (a, s) in enumerate(zip(arguments, signs, strict=True))]
-            if not all(map(torch.equal, decided, self._evaluate(self._decisions, shaken, parameters))):
+        like, count = arguments[-1], len(arguments[-1])
+        for sign in (1.0, -1.0):
+            size = sign * SHAKEN_BY * torch.finfo(like.dtype).eps
+            if sign > 0:
+                noise = [
+                    torch.rand(count, *shape, generator=generator, dtype=like.dtype, device="cpu")
+                    .mul_(2)
+                    .sub_(1)
+                    .mul_(size)
+                    for shape in self._noise
+                ]
+            else:
+                noise = [n.neg_() for n in noise]
+            if not all(map(torch.equal, decided, self._evaluate(self._shaken, [*arguments, *noise], parameters))):
                 raise Undecided
 
     def _evaluate(self, program: fx.GraphModule, arguments: list[Tensor], parameters: int) -> Any:
@@ -118,39 +145,84 @@ class Linearizer:
         return flat(*arguments)
 
 
-def _signs(tensor: Tensor, generator: torch.Generator) -> Tensor | None:
-    """A random 1 or -1 for each number, in its shape ``(...)``; None for what is not of floating point."""
-    if not tensor.is_floating_point():
-        return None
-    bits = torch.randint(0, 2, tensor.shape, device="cpu", generator=generator, dtype=torch.int8)
-    return bits.mul_(2).sub_(1).to(tensor)
-
-
-def _shaken(tensor: Tensor, signs: Tensor | None, way: float, all_of_it: bool) -> Tensor:
-    """Every number changed a little, up or down; whole numbers only if that is wanted; all ``(...)``."""
-    if signs is None:
-        return tensor
-    changed = torch.addcmul(tensor, tensor, signs, value=way * SHAKEN_BY * torch.finfo(tensor.dtype).eps)
-    return changed if all_of_it else torch.where(tensor == tensor.round(), tensor, changed)
-
-
-def _decisions(graph: fx.GraphModule, parameters: int) -> list[fx.Node]:
-    """The nodes whose values jump while what they are made of moves on, if that depends on the step.
+def _rounded(graph: fx.GraphModule, parameters: int) -> set[fx.Node]:
+    """The nodes that may have other last bits than what ran: those behind a sum, a matrix product, an exponential.
 
     What is made of parameters alone is computed as the module does it.
     """
-    found: list[fx.Node] = []
-    per_step: set[fx.Node] = set()
-    for number, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
-        if number >= parameters:
-            per_step.add(node)
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    per_step = set(places[parameters:])
+    found: set[fx.Node] = set()
     for node in graph.graph.nodes:
         if node.op != "call_function" or not per_step.intersection(node.all_input_nodes):
             continue
         per_step.add(node)
-        jumps = node.target in _STEPS or (_is_whole(node) and not all(_is_whole(n) for n in node.all_input_nodes))
-        if jumps and isinstance(node.meta["val"], Tensor):
-            found.append(node)
+        same = node.target in _SAME_ALWAYS and node.kwargs.get("alpha", 1) == 1
+        same = same or _jumps(node) or all(_is_whole(n) for n in node.all_input_nodes)
+        if not same or found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _jumps(node: fx.Node) -> bool:
+    """Whether a node's values jump while what they are made of moves on."""
+    if node.op != "call_function" or not isinstance(node.meta["val"], Tensor):
+        return False
+    return node.target in _JUMPS or (_is_whole(node) and not all(_is_whole(n) for n in node.all_input_nodes))
+
+
+def _shaken(
+    graph: fx.GraphModule, decisions: list[fx.Node], uncertain: set[fx.Node], parameters: int
+) -> tuple[fx.GraphModule | None, list[torch.Size]]:
+    """The graph of decisions in which everything that may round differently is changed by noise.
+
+    Returns:
+        The graph, with one more argument for each place where there is noise; and the shapes of these.
+    """
+    if not decisions:
+        return None, []
+    copied, values, noise = fx.Graph(), {}, []
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    given = set(places[parameters:])
+    per_step = set(given)
+    wanted = _behind(decisions)
+
+    def shake(node: fx.Node, value: fx.Node) -> fx.Node:
+        if not isinstance(node.meta["val"], Tensor) or _is_whole(node):
+            return value
+        noise.append(node.meta["val"].shape)
+        return copied.call_function(aten.addcmul.default, (value, value, arguments[len(noise) - 1]))
+
+    for node in places:
+        values[node] = copied.node_copy(node)
+    # As many as there may be; those that are not used go.
+    arguments = [copied.placeholder(f"noise_{i}") for i in range(4 * len(wanted))]
+    for node in graph.graph.nodes:
+        if node in values or node not in wanted:
+            continue
+        inputs = node.all_input_nodes
+        if per_step.intersection(inputs):
+            per_step.add(node)
+        source = node in uncertain and not (
+            (node.target in _SAME_ALWAYS and node.kwargs.get("alpha", 1) == 1) or _jumps(node)
+        )
+        operands = {n: shake(n, values[n]) if source and n in per_step else values[n] for n in inputs}
+        value = copied.node_copy(node, operands.__getitem__)
+        values[node] = shake(node, value) if source else value
+    copied.output(tuple(values[node] for node in decisions))
+    for node in arguments[len(noise) :]:
+        copied.erase_node(node)
+    return fx.GraphModule(graph, copied), noise
+
+
+def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Some nodes and all that they are made of."""
+    stack, found = list(nodes), set()
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
     return found
 
 

@@ -680,6 +680,30 @@ def test_steps_in_which_a_decision_hangs_on_rounding_are_captured_from_the_graph
         assert "hangs on rounding" in caplog.text and not is_taped(carry)
 
 
+class Means(nn.Module):
+    """Compares sums of whole numbers that are equal but for rounding; both branches have the same value at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 5, **F64)
+        self.one, self.other = (nn.Parameter(torch.zeros(1, **F64)) for _ in range(2))
+
+    def forward(self, x, h):
+        n = torch.cat([x, 2 * x, 3 * x - 1], 1)
+        tenths = torch.full((1, n.shape[1]), 0.1, **F64)
+        chosen = torch.where(nn.functional.linear(n, tenths) >= n.sum(1, keepdim=True) / 10, self.one, self.other)
+        return self.cell(x, h) + chosen
+
+
+def test_sums_of_whole_numbers_may_round():
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, (x, c) = Stepwise(Means()), data(24, 2, seed)
+        x = (5 * x).round()
+        found, _ = carried(model, x, c, (4,), verify="never")
+        assert worst_error(found, bptt(model, x, c)) <= EXACT
+
+
 class Flags(nn.Module):
     """Decides by whole numbers: flags in its input, a counter in its state."""
 
