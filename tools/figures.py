@@ -276,8 +276,8 @@ def recall() -> str:
     """Associative recall by method, pairs and length."""
     labels = {
         "slots-rtrl": "slot cell, least used slots written, RTRL",
-        "slots-bptt": "the same, BPTT through the whole sequence",
-        "slots-tbptt": "the same, truncated BPTT",
+        "slots-bptt": "slot cell, least used slots written, BPTT",
+        "slots-tbptt": "slot cell, least used slots written, truncated BPTT",
         "slots-without-allocation": "slot cell, important slots written, BPTT",
         "slots-without-all-reads": "slot cell, half of the slots read, BPTT",
         "slots-without-softmax": "slot cell, sigmoid weights, BPTT",
