@@ -267,7 +267,7 @@ class TapeBuilder:
         return node
 
     def known_now(self, node: fx.Node) -> Tensor | None:
-        """The value of a node of the second graph that depends on no input."""
+        """The value ``(...)`` of a node of the second graph that depends on no input; None for others."""
         stack, seen = [node], set()
         while stack:
             top = stack.pop()
