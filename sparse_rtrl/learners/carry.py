@@ -21,7 +21,7 @@ from sparse_rtrl.influence.carry_estimate import CarryEstimate, estimate_carry
 from sparse_rtrl.influence.estimate import DiagonalEstimate, estimate
 from sparse_rtrl.learners.carry_check import Step, compare_with_bptt
 from sparse_rtrl.learners.engine import checked_mask
-from sparse_rtrl.learners.entry import EnterSegment
+from sparse_rtrl.learners.entry import EnterSegment, graph_is_kept
 from sparse_rtrl.learners.hidden_state import HiddenStates
 from sparse_rtrl.learners.methods import METHODS, Diagonal, Exact, Method, Past
 from sparse_rtrl.ops.precision import full_precision
@@ -38,7 +38,7 @@ class _Entry:
         self.trainable = [tensor.requires_grad for tensor in tensors]
         self.used = False
         self.before: list[Tensor] = []
-        """The parameters when losses went back: the same for all of them."""
+        """The parameters when losses went back, the same for all of them, if more may come or the segment was open."""
         self.returned = self.time = 0
         """Numbers of autograd's nodes: when the segment began, and when the last loss went back while it was open."""
         self.thread = threading.get_ident()  # autograd counts in every thread by itself
@@ -86,10 +86,16 @@ class _Entry:
 
         Fused optimizers and ``.data`` change them without torch's noticing.
         """
-        if not self.used:
-            self.used = True
+        first, self.used = not self.used, True
+        if first and (graph_is_kept() or self.index == self.carry._past.segments):
             self.before = [p.tensor.detach().clone() for p in self.selected]
+        if first:
             return
+        if not self.before:
+            raise RuntimeError(
+                "backward was called twice through the same segment: call it with retain_graph=True for all losses of a"
+                " segment but the last, or add them up and call it once"
+            )
         for parameter, before in zip(self.selected, self.before, strict=True):
             if not torch.equal(parameter.tensor.detach(), before):
                 raise RuntimeError(

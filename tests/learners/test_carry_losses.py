@@ -83,3 +83,27 @@ def test_losses_of_a_segment_at_other_parameters_are_refused():
     outputs, h = run_segment(model, x[3:], carry, h, 2)
     outputs.sum().backward()  # the next segment is one of its own
     assert worst_error(gradients_of(model), before) > 0
+
+
+class Shift(nn.Module):
+    """A step that keeps nothing for its backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(3, **F64))
+
+    def forward(self, h):
+        return h + self.shift
+
+
+def test_a_loss_after_one_that_freed_the_graph_is_refused():
+    model = Shift()
+    carry = Carry(model)
+    h = carry(model(carry(torch.zeros(2, 3, **F64))))
+    one, other = h + 1.0, h + 2.0
+    carry(model(h))
+    one.sum().backward()
+    before = gradients_of(model)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        other.sum().backward()
+    assert worst_error(gradients_of(model), before) == 0.0
