@@ -28,6 +28,24 @@ class Stepwise(nn.Module):
         return torch.stack(outputs), h
 
 
+class LSTM(nn.Module):
+    """Its state is a pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.readout = nn.LSTMCell(4, 5, **F64), nn.Linear(5, 2, **F64)
+
+    def initial(self, batch):
+        return torch.zeros(batch, 5, **F64), torch.zeros(batch, 5, **F64)
+
+    def forward(self, x, h):
+        outputs = []
+        for x_t in x:
+            h = self.cell(x_t, h)
+            outputs.append(self.readout(h[0]))
+        return torch.stack(outputs), h
+
+
 def data(steps, batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(steps, batch, n, generator=generator, **F64) for n in (4, 2))

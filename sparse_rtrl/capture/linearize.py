@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sparse_rtrl.capture.tape import RowTape
-from sparse_rtrl.capture.tape_builder import MOVES, SAMES
+from sparse_rtrl.capture.tape_builder import MOVES, SAMES, nodes_behind
 from sparse_rtrl.capture.trace import record_operations
 
 aten = torch.ops.aten
@@ -157,11 +157,15 @@ def _rounded(graph: fx.GraphModule, parameters: int) -> set[fx.Node]:
         if node.op != "call_function" or not per_step.intersection(node.all_input_nodes):
             continue
         per_step.add(node)
-        same = node.target in _SAME_ALWAYS and node.kwargs.get("alpha", 1) == 1
-        same = same or _jumps(node) or all(_is_whole(n) for n in node.all_input_nodes)
-        if not same or found.intersection(node.all_input_nodes):
+        if not _keeps_bits(node) or found.intersection(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _keeps_bits(node: fx.Node) -> bool:
+    """Whether a node has the same bits whenever what it is made of has."""
+    same = bool(node.target in _SAME_ALWAYS and node.kwargs.get("alpha", 1) == 1)
+    return same or _jumps(node) or all(_is_whole(n) for n in node.all_input_nodes)
 
 
 def _jumps(node: fx.Node) -> bool:
@@ -183,9 +187,8 @@ def _shaken(
         return None, []
     copied, values, noise = fx.Graph(), {}, []
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    given = set(places[parameters:])
-    per_step = set(given)
-    wanted = _behind(decisions)
+    per_step = set(places[parameters:])
+    wanted = nodes_behind(decisions)
 
     def shake(node: fx.Node, value: fx.Node) -> fx.Node:
         if not isinstance(node.meta["val"], Tensor) or _is_whole(node):
@@ -203,9 +206,7 @@ def _shaken(
         inputs = node.all_input_nodes
         if per_step.intersection(inputs):
             per_step.add(node)
-        source = node in uncertain and not (
-            (node.target in _SAME_ALWAYS and node.kwargs.get("alpha", 1) == 1) or _jumps(node)
-        )
+        source = node in uncertain and not _keeps_bits(node)
         operands = {n: shake(n, values[n]) if source and n in per_step else values[n] for n in inputs}
         value = copied.node_copy(node, operands.__getitem__)
         values[node] = shake(node, value) if source else value
@@ -213,17 +214,6 @@ def _shaken(
     for node in arguments[len(noise) :]:
         copied.erase_node(node)
     return fx.GraphModule(graph, copied), noise
-
-
-def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Some nodes and all that they are made of."""
-    stack, found = list(nodes), set()
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def _is_whole(node: fx.Node) -> bool:

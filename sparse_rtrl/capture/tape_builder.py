@@ -187,14 +187,7 @@ class TapeBuilder:
 
     def _wanted(self) -> set[fx.Node]:
         """The nodes behind what goes out, the row's and the gradients'."""
-        stack = [n for n in (self.traced.before, *self.traced.gradients) if n is not None]
-        found: set[fx.Node] = set()
-        while stack:
-            node = stack.pop()
-            if node not in found:
-                found.add(node)
-                stack += node.all_input_nodes
-        return found
+        return nodes_behind([n for n in (self.traced.before, *self.traced.gradients) if n is not None])
 
     def _depends_on_step(self, results: list[fx.Node]) -> list[bool]:
         found = set(self.per_step_inputs)
@@ -692,6 +685,17 @@ class TapeBuilder:
             row = first + members[0] * tau * m
             out.append(Use(number, row, len(members) * tau, m, j, len(zs) - 1, offset, m_stride, j_stride))
         return out
+
+
+def nodes_behind(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Some nodes and all that they are made of."""
+    stack, found = list(nodes), set()
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def _meta(node: fx.Node) -> Any:

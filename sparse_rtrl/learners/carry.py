@@ -77,6 +77,7 @@ class _Entry:
                     f"{parameter.name} was unfrozen after carry had returned the state of this segment, so its gradient"
                     " through the past has nowhere to go: unfreeze parameters before h = carry(h)"
                 )
+        self.used = True
         if self.index == self.carry._past.segments and threading.get_ident() == self.thread:
             self.time = _time()
         return [_as_gradient(found[p.name], p.tensor) if p.name in found else None for p in self.selected]
@@ -86,10 +87,9 @@ class _Entry:
 
         Fused optimizers and ``.data`` change them without torch's noticing.
         """
-        first, self.used = not self.used, True
-        if first and (graph_is_kept() or self.index == self.carry._past.segments):
-            self.before = [p.tensor.detach().clone() for p in self.selected]
-        if first:
+        if not self.used:
+            more_may_come = graph_is_kept() or self.index == self.carry._past.segments
+            self.before = [p.tensor.detach().clone() for p in self.selected] if more_may_come else []
             return
         if not self.before:
             raise RuntimeError(

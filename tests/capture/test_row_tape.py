@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from carry_oracle import EXACT, F64, Stepwise, bptt, carried, data
+from carry_oracle import EXACT, F64, LSTM, Stepwise, bptt, carried, data
 from oracle import gradients_of, worst_error
 from torch import nn
 from torch.func import functional_call
@@ -39,22 +39,6 @@ class Gated(nn.Module):
         a, b = self.across(h).chunk(2, dim=-1)
         gate = torch.sigmoid(a + self.into(x))
         return (1 - gate) * h + gate * torch.relu(b * self.gain - 0.3 * x[:, :1]) - 0.1 * torch.tanh(-h)
-
-
-class LSTM(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cell, self.readout = nn.LSTMCell(4, 5, **F64), nn.Linear(5, 2, **F64)
-
-    def initial(self, batch):
-        return torch.zeros(batch, 5, **F64), torch.zeros(batch, 5, **F64)
-
-    def forward(self, x, h):
-        outputs = []
-        for x_t in x:
-            h = self.cell(x_t, h)
-            outputs.append(self.readout(h[0]))
-        return torch.stack(outputs), h
 
 
 class Mixed(nn.Module):

@@ -2,30 +2,11 @@
 
 import pytest
 import torch
-from carry_oracle import F64, Stepwise, data
+from carry_oracle import F64, LSTM, Stepwise, data
 from oracle import gradients_of, worst_error
 from torch import nn
 
 from sparse_rtrl import Carry
-
-
-class LSTM(nn.Module):
-    """Its state is a pair."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell, self.readout = nn.LSTMCell(4, 5, **F64), nn.Linear(5, 2, **F64)
-
-    def initial(self, batch):
-        return torch.zeros(batch, 5, **F64), torch.zeros(batch, 5, **F64)
-
-    def forward(self, x, h):
-        outputs = []
-        for x_t in x:
-            h = self.cell(x_t, h)
-            outputs.append(self.readout(h[0]))
-        return torch.stack(outputs), h
-
 
 BUILD = {
     "gru": lambda: Stepwise(nn.GRUCell(4, 5, **F64)),
